@@ -106,7 +106,7 @@ pub fn ask(
 }
 
 /// Receives a request: the wanted devices, and the VMM's socket.
-pub(super) fn receive_request(
+pub(crate) fn receive_request(
     daemon: &UnixStream,
     deadline: Instant,
 ) -> Result<(Vec<HostAddress>, OwnedFd), AdoptError> {
@@ -136,7 +136,7 @@ pub(super) fn receive_request(
 }
 
 /// Answers a request.
-pub(super) fn answer(
+pub(crate) fn answer(
     daemon: &UnixStream,
     outcome: Result<&FoundFiles, &AdoptError>,
     deadline: Instant,

@@ -194,6 +194,10 @@ pub trait DmaBackend: Send {
     /// can do no DMA.
     fn vmm_present(&mut self, present: bool);
 
+    /// Open files of devices have come from the VMM, at a moment when no request needs them. The backend moves these devices
+    /// to their targets. Those that it cannot move are among [`Self::take_stopped`].
+    fn files_came(&mut self) {}
+
     /// The number of address spaces that the host has refused to destroy, and that may keep memory pinned. It has a limit
     /// at which the backend makes no new ones.
     fn condemned_spaces(&self) -> usize {
@@ -271,8 +275,8 @@ pub trait DmaBackend: Send {
         failed
     }
 
-    /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, and those that may reach a slot after a
-    /// failed [`Self::add_memory`], each once. The core quarantines them.
+    /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, those that may reach a slot after a
+    /// failed [`Self::add_memory`], and those that [`Self::files_came`] could not move, each once. The core quarantines them.
     fn take_stopped(&mut self) -> Vec<EndpointId> {
         Vec::new()
     }

@@ -335,7 +335,7 @@ impl AttachedDevices {
         let hotplug = Arc::new(hotplug);
         hotplug.adopt(self.devices).map_err(StartError::Thread)?;
         if let Some(vmm) = self.vmm {
-            vmm.start().map_err(StartError::Thread)?;
+            vmm.start(iommu.clone()).map_err(StartError::Thread)?;
             device.watch_vmm(vmm);
         }
         let readers = self.readers;

@@ -9,7 +9,7 @@ use super::reachable::{is_all_reachable, reachable_bytes};
 use super::stored::identity_of;
 use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
-use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
+use crate::backends::{BackendError, BackendErrorKind, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 
@@ -49,6 +49,20 @@ impl Iommu {
             .collect();
         for endpoint in unattached {
             self.retarget(endpoint, self.unattached_target(endpoint));
+        }
+    }
+
+    /// Open files of devices have come from the VMM. When this returns, these devices are where their endpoints are.
+    pub fn files_came(&mut self) {
+        let cause = BackendError {
+            kind: BackendErrorKind::DevErr,
+            message:
+                "its device has come from the VMM and cannot be moved to where its endpoint is"
+                    .into(),
+        };
+        for index in 0..self.backends.len() {
+            self.backends[index].files_came();
+            self.quarantine_stopped(index, &cause);
         }
     }
 

@@ -54,6 +54,18 @@ impl<T> Mutex<T> {
         })
     }
 
+    /// Waits for the lock, up to `patience`.
+    ///
+    /// # Panics
+    /// As [`Self::lock`].
+    pub fn lock_within(&self, patience: Duration) -> Option<MutexGuard<'_, T>> {
+        let held = self.ranked.take();
+        Some(MutexGuard {
+            inner: self.inner.try_lock_for(patience)?,
+            _held: held,
+        })
+    }
+
     /// Waits for the lock, up to `patience`, and never releases it. Returns whether that succeeded. For the end of a
     /// process.
     pub fn hold(&self, patience: Duration) -> bool {

@@ -17,8 +17,13 @@ pub trait VmmFiles: Send {
     /// Whether the iommufd is open.
     fn is_open(&self) -> bool;
 
-    /// Gets the files that this process lacks from the VMM. May wait for a moment.
+    /// Gets the files that this process lacks from the VMM. May wait for a moment. What comes, at whatever time, is not open
+    /// before [`Self::accept`].
     fn fetch(&self);
+
+    /// Opens what has come. The caller must move the devices to their targets before it lets anybody see them: each is where
+    /// the VMM has put it.
+    fn accept(&self);
 
     /// Gives all files up, because the VMM has gone.
     fn release(&self);

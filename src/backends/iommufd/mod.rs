@@ -337,10 +337,14 @@ impl DmaBackend for Iommufd {
             }
         }
         if present {
-            self.notice_files();
+            self.notice_files(None);
         } else {
             self.release_files();
         }
+    }
+
+    fn files_came(&mut self) {
+        self.notice_files(None);
     }
 
     fn condemned_spaces(&self) -> usize {
@@ -348,7 +352,7 @@ impl DmaBackend for Iommufd {
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
-        self.notice_files();
+        self.notice_files(None);
         self.spaces.add_memory(slot)
     }
 

@@ -6,6 +6,7 @@
 
 use super::group::Attachment;
 use super::{Iommufd, Target};
+use crate::backends::BackendError;
 use crate::vfio::VmmFiles;
 
 impl Iommufd {
@@ -31,13 +32,17 @@ impl Iommufd {
         if self.connected && matches!(target, Target::Domain(_)) && !self.groups[index].is_whole() {
             files.fetch();
         }
-        self.notice_files();
+        self.notice_files(Some(index));
     }
 
-    /// Begins to use the files that have come. A device among them that must not be in bypass mode leaves the VMM's address
-    /// space at once.
-    pub(super) fn notice_files(&mut self) {
-        if self.vmm_files.is_none() || self.awaits_take_over || self.lacks_iommufd() {
+    /// Begins to use the files that have come. A device among them whose endpoint is not in bypass mode leaves the VMM's
+    /// address space at once, unless its group is the `switched` one, which the caller moves.
+    pub(super) fn notice_files(&mut self, switched: Option<usize>) {
+        let Some(files) = self.vmm_files.as_ref().filter(|_| !self.awaits_take_over) else {
+            return;
+        };
+        files.accept();
+        if self.lacks_iommufd() {
             return;
         }
         if self.spaces.adopting {
@@ -49,16 +54,27 @@ impl Iommufd {
             return;
         }
         for index in 0..self.groups.len() {
-            if self.groups[index].attachment() != Attachment::Unbound {
-                continue;
-            }
             self.groups[index].notice_binding();
             if self.groups[index].attachment() == Attachment::Vmm
-                && self.groups[index].target() == Target::Blocked
-                && let Err(cause) = self.groups[index].move_to(Attachment::Detached)
+                && switched != Some(index)
+                && let Err(cause) = self.leave_vmm(index)
             {
                 self.stop(index, &cause);
             }
+            self.renew_refusing(index);
+        }
+        self.moved();
+    }
+
+    /// Moves a group from the VMM's address space to its target. In bypass mode it stays.
+    fn leave_vmm(&mut self, index: usize) -> Result<(), BackendError> {
+        let attachment = self.attachment_for(index)?;
+        match attachment {
+            Attachment::Vmm => Ok(()),
+            Attachment::Ioas(_) if !self.verify_iommufd(index)? => {
+                Err(self.groups[index].wrong_iommufd())
+            }
+            _ => self.groups[index].move_to(attachment),
         }
     }
 

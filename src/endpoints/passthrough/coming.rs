@@ -27,6 +27,10 @@ struct Coming {
     /// A bit for each endpoint's device.
     has_device: Arc<AtomicU32>,
     gives: Arc<AtomicU32>,
+    /// Those that have come, and that nobody has accepted.
+    arrived: Arc<AtomicU32>,
+    /// A fetch ends before anything comes.
+    is_slow: Arc<AtomicBool>,
     fetches: Arc<AtomicU32>,
 }
 
@@ -49,9 +53,8 @@ impl Coming {
 
     /// What the VMM gives comes now.
     fn come(&self) {
-        let gives = self.gives.load(Ordering::Relaxed);
-        self.has_device.fetch_or(gives, Ordering::Relaxed);
-        self.has_iommufd.fetch_or(gives != 0, Ordering::Relaxed);
+        self.arrived
+            .store(self.gives.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -62,12 +65,21 @@ impl VmmFiles for Coming {
 
     fn fetch(&self) {
         self.fetches.fetch_add(1, Ordering::Relaxed);
-        self.come();
+        if !self.is_slow.load(Ordering::Relaxed) {
+            self.come();
+        }
+    }
+
+    fn accept(&self) {
+        let arrived = self.arrived.swap(0, Ordering::Relaxed);
+        self.has_device.fetch_or(arrived, Ordering::Relaxed);
+        self.has_iommufd.fetch_or(arrived != 0, Ordering::Relaxed);
     }
 
     fn release(&self) {
         self.has_iommufd.store(false, Ordering::Relaxed);
         self.has_device.store(0, Ordering::Relaxed);
+        self.arrived.store(0, Ordering::Relaxed);
     }
 }
 
@@ -312,6 +324,47 @@ fn a_device_that_comes_is_blocked_if_its_endpoint_is() {
     );
     let endpoint = bed.iommu.endpoints(9, 9).find(|state| state.id == B);
     assert_eq!(endpoint.expect("an endpoint").dma, Dma::Blocked);
+}
+
+/// The helper answers after the ATTACH that has asked it has failed.
+#[test]
+fn a_device_that_comes_late_is_where_its_endpoint_is() {
+    for (pinning, bypass) in [
+        (Pinning::All, true),
+        (Pinning::All, false),
+        (Pinning::Mapped, false),
+    ] {
+        let mut bed = Bed::new(pinning, bypass);
+        bed.share_memory();
+        bed.files.is_slow.store(true, Ordering::Relaxed);
+        bed.give(&[A, B]);
+        bed.iommu.attach(A, D1, false).expect_err("it is late");
+        bed.files.come();
+        let at_the_vmm = [Some(bed.vmm[0]), Some(bed.vmm[1])];
+        assert_eq!([bed.space_of(A), bed.space_of(B)], at_the_vmm);
+        assert!(!bed.files.is_open(), "not before somebody moves the device");
+        bed.iommu.files_came();
+        assert!(bed.files.is_open());
+        // The VMM's address space is bypass mode.
+        let expected = if bypass { at_the_vmm } else { [None, None] };
+        assert_eq!([bed.space_of(A), bed.space_of(B)], expected);
+        assert!(!bed.is_quarantined(A) && !bed.is_quarantined(B));
+        bed.iommu.attach(A, D1, false).expect("it has come");
+        assert!(bed.ours().contains(&bed.space_of(A).expect("attached")));
+    }
+}
+
+#[test]
+fn a_device_that_cannot_be_moved_when_it_comes_late_is_quarantined() {
+    let mut bed = Bed::new(Pinning::All, false);
+    bed.share_memory();
+    bed.give(&[A, B]);
+    bed.files.come();
+    bed.files.kernel.state().asleep.push(A.0);
+    bed.iommu.files_came();
+    assert!(bed.is_quarantined(A) && !bed.is_quarantined(B));
+    assert!(bed.files.kernel.state().stopped.contains(&A.0));
+    assert_eq!(bed.space_of(B), None);
 }
 
 #[test]

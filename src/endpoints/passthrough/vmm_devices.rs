@@ -8,14 +8,17 @@
 //! 2. When the driver attaches a device that has not come, the worker waits, up to its budget. That device was plugged in
 //!    since.
 //!
-//! What comes later than its waiter likes is taken all the same. What comes for a VMM that has gone meanwhile is closed.
+//! What comes is open only when the backend accepts it, which moves each device to its target in the same step. The waiting
+//! thread has it do so. What comes later than its waiter likes is taken all the same: the thread `vmm-devices` then has the
+//! core accept it. What comes for a VMM that has gone meanwhile is closed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -24,6 +27,7 @@ use log::info;
 use super::kept;
 use crate::adopt::message::{FoundFiles, ask};
 use crate::device::VmmWatcher;
+use crate::iommu::Iommu;
 use crate::locks::{Mutex, Rank};
 use crate::process::connector;
 use crate::process::inherited::is_same_file;
@@ -38,6 +42,12 @@ use crate::{info_limited, warn_limited};
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for ATTACH, as long as the budget is unused.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the thread waits for the core before it looks at its orders: whoever holds the core may wait for an order.
+const CORE_PATIENCE: Duration = Duration::from_millis(10);
+/// How long it waits for orders before it tries again.
+const PAUSE: Duration = Duration::from_millis(10);
+/// How long the thread waits for the helper: as long as systemd lets it live.
+const HELPER_PATIENCE: Duration = Duration::from_secs(10);
 /// The most orders that wait for the thread.
 const WAITING: usize = 16;
 
@@ -66,9 +76,17 @@ struct FilesState {
     vmm: Option<Arc<OwnedFd>>,
     /// The iommufd of the VMM, to compare a later one with.
     iommufd: Option<OwnedFd>,
+    arrived: Arrived,
     budget: WaitBudget,
     /// The files of this VMM were asked for when its driver started. Its memory may come in many messages.
     has_started: bool,
+}
+
+/// Files that have come, and that nobody has accepted yet.
+#[derive(Debug, Default)]
+struct Arrived {
+    iommufd: Option<IommuFd>,
+    devices: BTreeMap<HostAddress, Cdev>,
 }
 
 /// Something for the thread to do.
@@ -77,7 +95,6 @@ enum Order {
     /// Get the missing files of this VMM, and then send the answer.
     Fetch {
         vmm: Arc<OwnedFd>,
-        deadline: Instant,
         answer: SyncSender<()>,
     },
     /// Close these files, which may take seconds: the kernel resets a device.
@@ -96,6 +113,7 @@ impl VmmDevices {
         let state = FilesState {
             vmm: None,
             iommufd: left,
+            arrived: Arrived::default(),
             budget: WaitBudget::new(ATTACH_PATIENCE, Instant::now()),
             has_started: false,
         };
@@ -109,14 +127,32 @@ impl VmmDevices {
         }
     }
 
-    /// Starts the thread.
+    /// Starts the thread. It has `core` accept what nobody has waited for.
     ///
     /// # Errors
     /// The system has no thread left.
-    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+    pub fn start(self: &Arc<Self>, core: Arc<Mutex<Iommu>>) -> io::Result<()> {
+        self.start_with(move || {
+            let Some(mut core) = core.lock_within(CORE_PATIENCE) else {
+                return false;
+            };
+            // The backend must have taken over its devices before.
+            let is_ready = !core.is_adopting();
+            if is_ready {
+                core.files_came();
+            }
+            is_ready
+        })
+    }
+
+    /// As [`Self::start`], with a function that has the core accept what has come, and returns whether it could.
+    pub(super) fn start_with(
+        self: &Arc<Self>,
+        accept: impl Fn() -> bool + Send + 'static,
+    ) -> io::Result<()> {
         let (orders, ordered) = sync_channel(WAITING);
         let devices = self.clone();
-        sandbox::spawn(Role::VmmDevices, move || devices.run(&ordered))?;
+        sandbox::spawn(Role::VmmDevices, move || devices.run(&ordered, &accept))?;
         // Fails if it runs already.
         let _ = self.orders.set(orders);
         Ok(())
@@ -130,8 +166,15 @@ impl VmmDevices {
     }
 
     fn missing(&self) -> Vec<HostAddress> {
-        let devices = self.devices.iter().filter(|device| !device.cdev.is_open());
-        devices.map(|device| device.host).collect()
+        let state = self.state.lock();
+        self.missing_in(&state)
+    }
+
+    fn missing_in(&self, state: &FilesState) -> Vec<HostAddress> {
+        let has_come = |device: &VmmDeviceFile| state.arrived.devices.contains_key(&device.host);
+        let devices = self.devices.iter();
+        let missing = devices.filter(|device| !device.cdev.is_open() && !has_come(device));
+        missing.map(|device| device.host).collect()
     }
 
     /// Has the thread get what is missing, and waits until `deadline`.
@@ -140,41 +183,45 @@ impl VmmDevices {
             return;
         };
         let (answer, answered) = sync_channel(1);
-        let order = Order::Fetch {
-            vmm,
-            deadline,
-            answer,
-        };
+        let order = Order::Fetch { vmm, answer };
         if orders.try_send(order).is_ok() {
             let left = deadline.saturating_duration_since(Instant::now());
-            // What comes later is taken, too.
+            // What comes later is taken, and accepted, too.
             let _ = answered.recv_timeout(left);
         }
     }
 
-    fn run(&self, ordered: &Receiver<Order>) {
-        while let Ok(order) = ordered.recv() {
+    fn run(&self, ordered: &Receiver<Order>, accept: &dyn Fn() -> bool) {
+        // Files may have come that the core has not accepted.
+        let mut is_pending = false;
+        loop {
+            let order = if is_pending {
+                ordered.recv_timeout(PAUSE)
+            } else {
+                ordered.recv().map_err(RecvTimeoutError::from)
+            };
             match order {
-                Order::Fetch {
-                    vmm,
-                    deadline,
-                    answer,
-                } => {
-                    self.get(&vmm, deadline);
+                Ok(Order::Fetch { vmm, answer }) => {
+                    self.get(&vmm);
                     // Nobody may wait any more.
                     let _ = answer.try_send(());
+                    is_pending = true;
                 }
-                Order::Close(devices, ours, iommufd) => {
+                Ok(Order::Close(devices, ours, iommufd)) => {
                     // The devices first: they keep their address spaces.
                     drop(devices);
                     drop((ours, iommufd));
                 }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
+            // Not only if something is left: an ATTACH that fails accepts what has come for other endpoints, too.
+            is_pending = is_pending && !accept();
         }
     }
 
     /// Gets the missing files, and says what is missing still.
-    fn get(&self, vmm: &Arc<OwnedFd>, deadline: Instant) {
+    fn get(&self, vmm: &Arc<OwnedFd>) {
         let missing = self.missing();
         if missing.is_empty() {
             return;
@@ -182,14 +229,16 @@ impl VmmDevices {
         let taken = self
             .connect()
             .and_then(|helper| {
+                let deadline = Instant::now() + HELPER_PATIENCE;
                 ask(&helper, vmm.as_fd(), &missing, deadline)
                     .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
             })
             .and_then(|found| self.take(vmm, found));
-        let missing: Vec<_> = self.missing().iter().map(ToString::to_string).collect();
+        let missing = self.missing();
         if missing.is_empty() {
             return;
         }
+        let missing: Vec<_> = missing.iter().map(ToString::to_string).collect();
         let names = missing.join(", ");
         match taken {
             Ok(()) => info_limited!(
@@ -235,23 +284,26 @@ impl VmmDevices {
                     .and_then(IommuFd::adopt)
                     .map_err(unusable)?;
                 kept::keep(&self.keeper, kept::IOMMUFD, file.as_fd());
-                self.iommufd.set(Some(iommufd));
+                state.arrived.iommufd = Some(iommufd);
                 state.iommufd = Some(file);
             }
         }
+        let missing = self.missing_in(&state);
         for (host, file) in found.devices {
             let mut devices = self.devices.iter();
-            let Some(device) = devices.find(|device| device.host == host && !device.cdev.is_open())
-            else {
+            let Some(device) = devices.find(|device| device.host == host) else {
                 continue;
             };
+            if !missing.contains(&host) {
+                continue;
+            }
             let file = super::iommufd::check_kind(file).map_err(unusable)?;
             let cdev = Cdev::adopt(file);
             if !cdev.is_bound() {
                 continue;
             }
             kept::keep(&self.keeper, &kept::device_name(host), cdev.as_fd());
-            device.cdev.set(Some(cdev));
+            state.arrived.devices.insert(host, cdev);
             info!(
                 "endpoint {}: {host} is taken over from the VMM",
                 device.endpoint
@@ -319,7 +371,25 @@ impl VmmFiles for FilesOfVmm {
         devices.state.lock().budget.charge(&wait, Instant::now());
     }
 
+    fn accept(&self) {
+        let devices = &self.0;
+        let mut state = devices.state.lock();
+        let Arrived {
+            iommufd,
+            devices: mut arrived,
+        } = std::mem::take(&mut state.arrived);
+        if let Some(iommufd) = iommufd {
+            devices.iommufd.set(Some(iommufd));
+        }
+        for device in &devices.devices {
+            if let Some(cdev) = arrived.remove(&device.host) {
+                device.cdev.set(Some(cdev));
+            }
+        }
+    }
+
     fn release(&self) {
+        self.accept();
         let devices = &self.0;
         let mut state = devices.state.lock();
         state.vmm = None;

@@ -1,6 +1,7 @@
 //! Tests of the core with the backends of the host's IOMMU, on a fake kernel. Whichever call fails, the
 //! page tables, the core's states and the memory that devices can reach must agree.
 
+mod arriving;
 mod failures;
 mod kernel;
 mod mappings;
