@@ -296,7 +296,7 @@ fn check(file: &Path, file_only: bool) -> Outcome {
     let report = if file_only {
         Report::of_file(&config)
     } else {
-        Report::new(&HostRoot::default(), &config)
+        Report::new(&HostRoot::default(), &config).with_file(file, &config)
     };
     print(&report.to_string())?;
     if report.missing_in_the_guest() > 0 {

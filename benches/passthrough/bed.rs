@@ -74,7 +74,7 @@ impl Bed {
                 let group = Group::open(group.as_ref()).expect("the group");
                 container.set_group(group).expect("type1");
                 let group = container.group().expect("the group");
-                let cdev = group.device(function).expect("the device");
+                let cdev = group.device(function, None).expect("the device");
                 let info = container.info().expect("type1");
                 let room = info.available.map_or(u64::MAX, u64::from);
                 let fd = container.as_fd().try_clone_to_owned().expect("a copy");
@@ -89,7 +89,7 @@ impl Bed {
                 let copy = fd.try_clone().expect("a copy");
                 let iommufd_file = IommuFd::from(copy);
                 let cdev = Cdev::open(device.node().as_ref()).expect("the device");
-                cdev.bind(&iommufd_file).expect("bound");
+                cdev.bind(&iommufd_file, None).expect("bound");
                 let kernel = Arc::new(RecordingIommufd {
                     iommufd: iommufd_file,
                     made: Mutex::default(),

@@ -225,6 +225,7 @@ pub(super) struct EndpointDraft {
     pub device: Option<Located<Scalar>>,
     pub group: Option<Located<Scalar>>,
     pub vfio: Option<Located<Scalar>>,
+    pub vf_token: Option<Located<Scalar>>,
     pub export: Option<Located<Scalar>>,
     pub allow_no_snoop: Option<Located<Scalar>>,
     pub vfio_user: Option<Located<EmulatedDraft>>,

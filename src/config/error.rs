@@ -245,6 +245,17 @@ pub enum ProblemKind {
          remove `export`"
     )]
     ExportWithoutVfio,
+    /// `vf-token` is no UUID. The value is not shown, because it may be a mistyped secret.
+    #[error(
+        "the value is no UUID; write one of the form xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx, such as `uuidgen` makes"
+    )]
+    VfToken,
+    /// `vf-token` on an endpoint that is not exported.
+    #[error(
+        "a VF token is for exported devices only, because a VMM that binds the device to an iommufd gives VFIO none; \
+         add `export`, or remove `vf-token`"
+    )]
+    VfTokenWithoutExport,
     /// `allow-no-snoop` on an endpoint that is not exported.
     #[error(
         "the key is for exported devices only, because the VMM tells KVM of the others; remove \

@@ -176,6 +176,13 @@ mod tests {
         for (text, cure) in [
             (one("00:06.0", "export = '/a'"), "`vfio = "),
             (
+                one(
+                    "00:06.0",
+                    "vfio = '65:00.0'\nvf-token = 'bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3'",
+                ),
+                "add `export`",
+            ),
+            (
                 one("00:06.0", "vfio = '65:00.0'\nallow-no-snoop = true"),
                 "remove `allow-no-snoop`",
             ),

@@ -7,11 +7,12 @@ use std::path::PathBuf;
 
 use super::VmmTransport;
 use super::checker::Checker;
-use super::draft::{Draft, Located, Origin, Scalar};
+use super::draft::{Draft, EndpointDraft, Located, Origin, Scalar};
 use super::error::ProblemKind;
 use super::kind::{ConfiguredDevice, DeviceKind};
 use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
+use crate::ids::{NoUuid, VfToken};
 use crate::topology::{HostAddress, PciAddress, PciRange};
 
 /// An endpoint whose device is a device of the host.
@@ -21,6 +22,8 @@ pub struct Passthrough {
     pub endpoint: PciAddress,
     /// The address of the device on the host.
     pub host: HostAddress,
+    /// The secret that VFIO asks for, if it asks for one. Only exported devices have one.
+    pub token: Option<VfToken>,
 }
 
 impl ConfiguredDevice for Passthrough {
@@ -41,7 +44,12 @@ impl ConfiguredDevice for Passthrough {
     }
 
     fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, " vfio {}", self.host)
+        let token = if self.token.is_some() {
+            " with a VF token"
+        } else {
+            ""
+        };
+        write!(f, " vfio {}{token}", self.host)
     }
 }
 
@@ -183,7 +191,10 @@ impl Checker<'_> {
         let mut whole = true;
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             let value = &endpoint.value;
+            let token = self.vf_token(value, index);
+            whole &= token.is_some();
             let Some(vfio) = &value.vfio else { continue };
+            let token = token.flatten();
             let key = format!("endpoint[{index}].vfio");
             let host = self.host_address(vfio, &key);
             let range = value.address.as_ref().or(value.range.as_ref());
@@ -199,6 +210,7 @@ impl Checker<'_> {
                 found.push(Passthrough {
                     endpoint: range.first(),
                     host,
+                    token,
                 });
                 continue;
             };
@@ -207,6 +219,22 @@ impl Checker<'_> {
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)
+    }
+
+    /// The value of `vf-token`; `None` after a refusal. No refusal shows the value: it may be a mistyped secret.
+    fn vf_token(&mut self, endpoint: &EndpointDraft, index: usize) -> Option<Option<VfToken>> {
+        let Some(given) = &endpoint.vf_token else {
+            return Some(None);
+        };
+        let key = format!("endpoint[{index}].vf-token");
+        let text = self.text(given, &key, "a UUID as a text")?;
+        let kind = match text.parse() {
+            Ok(_) if endpoint.export.is_none() => ProblemKind::VfTokenWithoutExport,
+            Ok(token) => return Some(Some(token)),
+            Err(NoUuid) => ProblemKind::VfToken,
+        };
+        self.refuse(&given.origin, &key, kind);
+        None
     }
 
     fn host_address(&mut self, given: &Located<Scalar>, key: &str) -> Option<HostAddress> {

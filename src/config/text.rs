@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 use super::draft::{
     Draft, EmulatedDraft, EndpointDraft, MetricsDraft, ReadersDraft, RegionDraft, Scalar,
 };
+use crate::ids::VfToken;
 
 /// Reads a decimal or, after `0x`, hexadecimal number; `_` may stand between digits.
 pub(super) fn parse_number(text: &str) -> Option<u64> {
@@ -75,11 +76,18 @@ pub(super) fn syntax_message(message: &str, line: &str) -> String {
         format!("{message}; correct the TOML")
     };
     let text = printable(&text);
-    if line.is_empty() {
+    if line.is_empty() || may_have_secret(line) {
         text
     } else {
         format!("{text} (in {:?})", shorten(line))
     }
+}
+
+/// Whether a line of a configuration may have a VF token, also one under a mistyped key, or a mistyped one.
+fn may_have_secret(line: &str) -> bool {
+    let has_uuid = |text: &str| text.parse::<VfToken>().is_ok();
+    line.to_ascii_lowercase().contains("token")
+        || line.split(['"', '\'', '=', ',', ' ']).any(has_uuid)
 }
 
 /// The message for an unknown key. `rest` is the key between backticks, and the keys that are known there.

@@ -17,6 +17,7 @@ use vfio_bindings::bindings::vfio::{
 use vm_memory::MmapRegion;
 
 use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
+use crate::ids::VfToken;
 use crate::locks::{Mutex, Rank};
 
 /// The feature with which a device's bus-master bit is cleared.
@@ -38,6 +39,26 @@ pub(super) struct GroupSource {
     pub group: Arc<File>,
     /// The device's name in sysfs.
     pub name: CString,
+    /// The secret that VFIO asks for, if it asks for one.
+    pub token: Option<VfToken>,
+}
+
+impl GroupSource {
+    /// Opens the device.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        ioctl::group_device(self.group.as_fd(), &self.request())
+    }
+
+    /// The argument of `VFIO_GROUP_GET_DEVICE_FD`: the device's name, and behind it the token.
+    pub fn request(&self) -> CString {
+        let Some(token) = self.token else {
+            return self.name.clone();
+        };
+        let mut request = self.name.clone().into_bytes();
+        request.extend(format!(" vf_token={}", token.to_secret_text()).into_bytes());
+        // Neither part has a zero.
+        CString::new(request).unwrap_or_else(|_| self.name.clone())
+    }
 }
 
 impl Cdev {
@@ -79,8 +100,8 @@ impl Cdev {
     /// See [`BusReset::open_again`](super::BusReset::open_again).
     pub(super) fn open_file_again(&self) -> io::Result<()> {
         let unsupported = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-        let GroupSource { group, name } = self.source.as_ref().ok_or_else(unsupported)?;
-        let opened = ioctl::group_device(group.as_fd(), name)?;
+        let source = self.source.as_ref().ok_or_else(unsupported)?;
+        let opened = source.open()?;
         ioctl::replace_file(self.as_fd(), opened.as_fd())
     }
 
@@ -93,16 +114,38 @@ impl Cdev {
         self.file.metadata().map(|metadata| metadata.rdev())
     }
 
-    /// Binds the device to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which also starts it.
+    /// Binds the device to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which also starts it. `token` is the secret that VFIO
+    /// asks for, if it asks for one.
     ///
     /// # Errors
-    /// The device is bound already, or its group is in use.
-    pub fn bind(&self, iommufd: &IommuFd) -> Result<(), VfioError> {
-        ioctl::bind_iommufd(self.as_fd(), iommufd).map_err(|source| VfioError {
+    /// The device is bound already, its group is in use, or VFIO wants another token, one at all, or none.
+    pub fn bind(&self, iommufd: &IommuFd, token: Option<&VfToken>) -> Result<(), VfioError> {
+        ioctl::bind_iommufd(self.as_fd(), iommufd, token).map_err(|source| VfioError {
             problem: "cannot bind the device to iommufd".into(),
+            cure: token_cure(&source, token.is_some()).unwrap_or(
+                "end the process that uses the device or its group, and see the kernel's log",
+            ),
             source,
-            cure: "end the process that uses the device or its group, and see the kernel's log",
         })
+    }
+}
+
+/// The cure if VFIO refuses to open a device because of the VF token; `None` if the error has another cause.
+pub(super) fn token_cure(refusal: &io::Error, has_token: bool) -> Option<&'static str> {
+    match (refusal.raw_os_error()?, has_token) {
+        (libc::EACCES, false) => Some(
+            "VFIO asks for a VF token: set `vf-token` to that of the process which drives the physical function, or, for \
+             the physical function itself, to that of its virtual functions in use",
+        ),
+        (libc::EACCES, true) => Some(
+            "the physical function has another VF token: start the process that drives it first, and give both the same \
+             `vf-token`",
+        ),
+        (libc::EINVAL, true) => Some(
+            "perhaps VFIO takes no VF token here: remove `vf-token` if no VFIO driver holds the physical function, or if \
+             `host-iommu` is \"iommufd\" and the kernel is older than Linux 6.17",
+        ),
+        _ => None,
     }
 }
 

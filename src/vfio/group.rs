@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
 
-use super::cdev::GroupSource;
+use super::cdev::{GroupSource, token_cure};
 use super::{Cdev, VfioError, ioctl};
+use crate::ids::VfToken;
 
 /// An open group, `/dev/vfio/N`. The kernel allows one open file of a group at a time.
 #[derive(Debug)]
@@ -82,43 +83,51 @@ impl Group {
         })
     }
 
-    /// Opens a device of the group, by its name in sysfs.
+    /// Opens a device of the group, by its name in sysfs. `token` is the secret that VFIO asks for, if it asks for one.
     ///
     /// # Errors
-    /// The group has no such device, or the device's driver cannot start it.
-    pub fn device(&self, name: &str) -> Result<Cdev, VfioError> {
-        let name = Self::device_name(name)?;
-        let fd = ioctl::group_device(self.file.as_fd(), &name)
-            .map_err(|source| no_device(&name.to_string_lossy(), source))?;
-        Ok(self.source_of(Cdev::adopt(fd), name))
+    /// The group has no such device, the device's driver cannot start it, or VFIO wants another token, one at all, or none.
+    pub fn device(&self, name: &str, token: Option<VfToken>) -> Result<Cdev, VfioError> {
+        let source = self.source_of(name, token)?;
+        let opened = source.open();
+        let fd = opened.map_err(|cause| no_device(name, cause, token.is_some()))?;
+        Ok(Self::with_source(fd, source))
     }
 
     /// The device that `fd` is open on, which another process has opened through this group, by its name in sysfs.
+    /// `token` is as for [`Self::device`].
     ///
     /// # Errors
     /// The name has a zero byte.
-    pub fn adopt_device(&self, name: &str, fd: OwnedFd) -> Result<Cdev, VfioError> {
-        Ok(self.source_of(Cdev::adopt(fd), Self::device_name(name)?))
+    pub fn adopt_device(
+        &self,
+        name: &str,
+        token: Option<VfToken>,
+        fd: OwnedFd,
+    ) -> Result<Cdev, VfioError> {
+        Ok(Self::with_source(fd, self.source_of(name, token)?))
     }
 
-    fn device_name(name: &str) -> Result<CString, VfioError> {
-        CString::new(name).map_err(|cause| no_device(name, cause.into()))
-    }
-
-    fn source_of(&self, mut device: Cdev, name: CString) -> Cdev {
-        device.source = Some(GroupSource {
+    fn source_of(&self, name: &str, token: Option<VfToken>) -> Result<GroupSource, VfioError> {
+        Ok(GroupSource {
             group: self.file.clone(),
-            name,
-        });
+            name: CString::new(name).map_err(|cause| no_device(name, cause.into(), false))?,
+            token,
+        })
+    }
+
+    fn with_source(fd: OwnedFd, source: GroupSource) -> Cdev {
+        let mut device = Cdev::adopt(fd);
+        device.source = Some(source);
         device
     }
 }
 
-fn no_device(name: &str, source: io::Error) -> VfioError {
+fn no_device(name: &str, source: io::Error, has_token: bool) -> VfioError {
     VfioError {
         problem: format!("cannot open the device {name} of its group"),
+        cure: token_cure(&source, has_token).unwrap_or("see the kernel's log"),
         source,
-        cure: "see the kernel's log",
     }
 }
 

@@ -14,7 +14,8 @@ use super::{AddressSpaces, AllowedIovas, Attach, Cdev, IommuFd, VfioError};
 pub fn probe_allowed_iovas(iommu: &Path, cdev: &Path) -> Result<AllowedIovas, VfioError> {
     let iommufd = IommuFd::open(iommu)?;
     let device = Cdev::open(cdev)?;
-    device.bind(&iommufd)?;
+    // The VMM binds the device without a token, too.
+    device.bind(&iommufd, None)?;
     let failed = |step: &str, source| VfioError {
         problem: format!("cannot {step} for {}", cdev.display()),
         source,

@@ -750,6 +750,19 @@ pub const CASES: &[Case] = &[
         File("[[endpoint]]\naddress = '00:06.0'\nexport = 'e'"),
     ),
     case(
+        "ProblemKind::VfToken",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = 'e'\nvf-token = 'secret'",
+        ),
+    ),
+    case(
+        "ProblemKind::VfTokenWithoutExport",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n\
+             vf-token = 'bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3'",
+        ),
+    ),
+    case(
         "ProblemKind::NoSnoopWithoutExport",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nallow-no-snoop = true"),
     ),

@@ -204,7 +204,10 @@ fn open_containers(functions: &[&str]) -> Vec<(Rc<Container>, Cdev)> {
             Rc::new(container)
         });
         let group = container.group().expect("just set");
-        (container.clone(), group.device(name).expect("a device"))
+        (
+            container.clone(),
+            group.device(name, None).expect("a device"),
+        )
     };
     functions.iter().map(open).collect()
 }

@@ -307,7 +307,7 @@ fn memory_can_be_mapped_by_address() {
     let name = words("VIOMMU_EDU")[0].clone();
     let iommufd = IommuFd::open("/dev/iommu".as_ref()).expect("iommufd");
     let device = Cdev::open(Function::new(&name).node().as_ref()).expect("a device");
-    device.bind(&iommufd).expect("bound");
+    device.bind(&iommufd, None).expect("bound");
     let file = FileOffset::new(memfd(4 * PAGE), 0);
     let memory = MmapRegion::from_file(file, 4 * PAGE as usize).expect("mapped");
     let ioas = iommufd.alloc().expect("an address space");

@@ -72,7 +72,7 @@ fn drive_a_passthrough_device() {
     }
     let device = Cdev::open(Function::new(&host).node().as_ref()).expect("the device");
     let iommufd = IommuFd::open("/dev/iommu".as_ref()).expect("iommufd");
-    device.bind(&iommufd).expect("the device is free");
+    device.bind(&iommufd, None).expect("the device is free");
 }
 
 /// Runs a test's body. Runs it again with a new VM, at most twice, if the guest's only processor waits for itself: see

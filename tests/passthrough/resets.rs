@@ -159,7 +159,7 @@ fn closing_and_opening_a_device_of_a_group_resets_its_bus() {
     let card = container
         .group()
         .expect("a group")
-        .device(card)
+        .device(card, None)
         .expect("opened");
     let bar = card.region(BAR).expect("a BAR");
     let switch_on = |card: &Cdev| {

@@ -68,7 +68,7 @@ fn the_process_that_dies() {
     if let Some(device) = files.next() {
         let iommufd = IommuFd::adopt(kernel).expect("an iommufd");
         let device = Cdev::adopt(device);
-        device.bind(&iommufd).expect("bound");
+        device.bind(&iommufd, None).expect("bound");
         let ioas = iommufd.alloc().expect("an address space");
         for (first, source) in [
             (FIRST, DmaSource::File(file.as_fd(), 0)),
@@ -163,7 +163,7 @@ fn containers_outlive_their_process() {
     let _device = container
         .group()
         .expect("just set")
-        .device(name)
+        .device(name, None)
         .expect("a device");
     let available = || container.available().expect("asked").expect("a number");
     let room = available();

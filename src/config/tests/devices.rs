@@ -28,6 +28,55 @@ fn passthrough(endpoint: &str, host: &str) -> Passthrough {
     Passthrough {
         endpoint: endpoint.parse().expect("an address"),
         host: host.parse().expect("an address"),
+        token: None,
+    }
+}
+
+const TOKEN: &str = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+
+/// A token reaches the device, and neither a message nor a summary.
+#[test]
+fn a_vf_token_is_read_and_never_shown() {
+    let parse = |line: &str| {
+        let text = format!(
+            "socket = '/s'\naddress = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:10.0'\nexport = '/e'\n{line}"
+        );
+        Config::from_text(std::path::Path::new("vm.toml"), &text)
+    };
+    let without = parse("").expect("a configuration");
+    assert_eq!(without.devices.passthrough[0].token, None);
+    for token in [TOKEN.to_owned(), TOKEN.to_uppercase()] {
+        let config = parse(&format!("vf-token = '{token}'")).expect("a configuration");
+        let read = config.devices.passthrough[0].token.expect("a token");
+        assert_eq!(read.to_secret_text(), TOKEN);
+        assert_eq!(read.as_bytes()[..2], [0xbd, 0x8d]);
+        let shown = format!("{}{config:?}", config.summary());
+        assert!(
+            shown.contains("vfio 0000:65:10.0 with a VF token"),
+            "{shown}"
+        );
+        assert!(!shown.to_lowercase().contains(&TOKEN[..8]), "{shown}");
+        let keys =
+            format!("address = '00:07.0', vfio = '65:10.1', export = '/f', vf-token = '{token}'");
+        let (with, _) = without.with_endpoint(&keys).expect("an endpoint");
+        assert_eq!(with.devices.passthrough[1].token, Some(read));
+    }
+    for (line, part) in [
+        (format!("vf-token = '{TOKEN}0'"), "is no UUID"),
+        (format!("vf-token = '{}g'", &TOKEN[..35]), "is no UUID"),
+        (format!("vf-token = '{}-'", &TOKEN[..35]), "is no UUID"),
+        (
+            format!("vf-token = '{}'", TOKEN.replace('-', "0")),
+            "is no UUID",
+        ),
+        ("vf-token = 7".to_owned(), "a UUID as a text"),
+        (format!("vf-token = {TOKEN}"), "correct the TOML"),
+        (format!("vf-tokn = '{TOKEN}'"), "unknown key `vf-tokn`"),
+        (format!("colour = '{TOKEN}'"), "unknown key `colour`"),
+    ] {
+        let message = parse(&line).expect_err(&line).to_string();
+        assert!(message.contains(part), "{message}");
+        assert!(!message.contains(&TOKEN[..8]), "{message}");
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) fn open(
     let mut files = Vec::new();
     let mut devices = Vec::new();
     for passthrough in &config.devices.passthrough {
-        let &Passthrough { endpoint, host } = passthrough;
+        let &Passthrough { endpoint, host, .. } = passthrough;
         let group = group_of(facts, host, endpoint)?;
         let path = facts.device(host).and_then(|device| device.node(root));
         let path = path.ok_or(PassthroughError::NoDevice {

@@ -74,7 +74,7 @@ pub(super) fn open(
     let mut exported = Vec::new();
     let mut granule = 1;
     for passthrough in &config.devices.passthrough {
-        let &Passthrough { endpoint, host } = passthrough;
+        let &Passthrough { endpoint, host, .. } = passthrough;
         let group = group_of(facts, host, endpoint)?;
         let path = facts.device(host).and_then(|device| device.node(root));
         let failed = |source| PassthroughError::Device {
@@ -125,7 +125,7 @@ pub(super) fn open(
                 }
             }
             let bound = left.get(host).and_then(Option::as_ref);
-            let bound = bind_blocked(&iommufd, &cdev, host, bound).map_err(failed)?;
+            let bound = bind_blocked(&iommufd, &cdev, passthrough, bound).map_err(failed)?;
             check_coherency(config, *passthrough, bound.is_coherent)?;
             Some(bound)
         };
@@ -222,7 +222,7 @@ pub(super) fn claim_cdev(
 
 /// Opens a device's node.
 fn open_cdev(path: Option<&Path>, passthrough: &Passthrough) -> Result<Cdev, PassthroughError> {
-    let &Passthrough { endpoint, host } = passthrough;
+    let &Passthrough { endpoint, host, .. } = passthrough;
     let path = path.ok_or(PassthroughError::NoDevice {
         host,
         endpoint,
@@ -290,11 +290,12 @@ pub(super) fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> O
 fn bind_blocked(
     iommufd: &IommuFd,
     cdev: &Cdev,
-    host: HostAddress,
+    passthrough: &Passthrough,
     known: Option<&DeviceFacts>,
 ) -> Result<DeviceFacts, VfioError> {
+    let host = passthrough.host;
     if !cdev.is_bound() {
-        cdev.bind(iommufd)?;
+        cdev.bind(iommufd, passthrough.token.as_ref())?;
     } else if let Some(bound) = known {
         return Ok(bound.clone());
     } else {

@@ -172,7 +172,7 @@ fn check_coherency(
     passthrough: Passthrough,
     is_enforced: bool,
 ) -> Result<(), PassthroughError> {
-    let Passthrough { endpoint, host } = passthrough;
+    let Passthrough { endpoint, host, .. } = passthrough;
     let Some(export) = config.devices.exported_at(endpoint) else {
         return Ok(());
     };
@@ -191,7 +191,7 @@ fn check_coherency(
 
 /// Ends the DMA of an exported device that the process before has served: its VMM must connect again.
 fn stop_export(cdev: &Cdev, passthrough: &Passthrough) {
-    let Passthrough { endpoint, host } = passthrough;
+    let Passthrough { endpoint, host, .. } = passthrough;
     match cdev.clear_bus_master() {
         Ok(()) => warn!(
             "{host} (endpoint {endpoint}) is exported: its connection has ended with the daemon before, and its DMA is \
@@ -210,7 +210,7 @@ fn check_granule(
     passthrough: Passthrough,
     smallest: u64,
 ) -> Result<(), PassthroughError> {
-    let Passthrough { endpoint, host } = passthrough;
+    let Passthrough { endpoint, host, .. } = passthrough;
     let granule = config.page_mask.granule();
     if smallest <= granule {
         return Ok(());

@@ -14,7 +14,9 @@ fn config(keys: &str) -> Config {
 
 /// The group of the configured device on `host`.
 fn group_on(host: &FakeHost) -> Result<u32, String> {
-    let Passthrough { endpoint, host: at } = config("").devices.passthrough[0];
+    let Passthrough {
+        endpoint, host: at, ..
+    } = config("").devices.passthrough[0];
     let facts = HostFacts::read(&host.root(), [at]);
     group_of(&facts, at, endpoint).map_err(|error| error.to_string())
 }

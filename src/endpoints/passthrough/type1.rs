@@ -20,7 +20,7 @@ use crate::config::{Config, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::{adopt, is_same_file};
 use crate::process::keeper::Keeper;
-use crate::topology::{HostAddress, PciAddress};
+use crate::topology::PciAddress;
 use crate::vfio::{Attach, Cdev, Container, DeviceAccess, DeviceMemory, Group, VfioError};
 
 /// A container and the devices of its group.
@@ -49,7 +49,7 @@ pub(super) fn open(
     let mut inherited = Inherited::adopt(config)?;
     let mut groups: BTreeMap<u32, OpenedGroup> = BTreeMap::new();
     for &passthrough in &config.devices.passthrough {
-        let Passthrough { endpoint, host } = passthrough;
+        let Passthrough { endpoint, host, .. } = passthrough;
         let number = group_of(facts, host, endpoint)?;
         let failed = |source| PassthroughError::Device {
             host,
@@ -90,7 +90,7 @@ pub(super) fn open(
             }
             (Some(device), _) => (Some(device), false),
             (None, Some(group)) => {
-                let opened = open_device(keeping, group, host, open.is_left);
+                let opened = open_device(keeping, group, &passthrough, open.is_left);
                 let (device, is_left) = opened.map_err(failed)?;
                 (Some(device), is_left)
             }
@@ -243,14 +243,15 @@ fn close_devices(config: &Config, facts: &HostFacts, keeper: &Keeper, number: u3
 fn open_device(
     keeping: &DeviceKeeping<'_>,
     group: &Group,
-    host: HostAddress,
+    passthrough: &Passthrough,
     is_left: bool,
 ) -> Result<(Cdev, bool), VfioError> {
+    let &Passthrough { host, token, .. } = passthrough;
     let keeper = keeping.keeper;
     let name = kept::device_name(host);
     let left = keeping.claim(&name).filter(|_| is_left);
     if let Some(file) = left {
-        let device = group.adopt_device(&host.to_string(), file)?;
+        let device = group.adopt_device(&host.to_string(), token, file)?;
         match device.info() {
             Ok(_) => return Ok((device, true)),
             Err(cause) => warn!(
@@ -259,7 +260,7 @@ fn open_device(
         }
     }
     kept::close_left(keeper, &name);
-    let device = group.device(&host.to_string())?;
+    let device = group.device(&host.to_string(), token)?;
     kept::keep(keeper, &name, device.as_fd());
     Ok((device, false))
 }

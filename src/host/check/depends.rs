@@ -1,5 +1,4 @@
-//! Devices that depend on another function of the host: they are behind a controller that does DMA for them, or are
-//! virtual functions. VFIO refuses some of them whatever driver they have.
+//! Devices behind a controller of the host that does DMA for them. VFIO cannot have them, whatever driver they have.
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +7,11 @@ use super::Finding;
 use crate::host::sysfs::{HostRoot, SysfsDevice};
 use crate::topology::HostAddress;
 
-/// The finding if VFIO cannot have the device because of the function that it depends on.
-pub(super) fn finding(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
-    behind_controller(root, device).or_else(|| of_vfio_function(root, device))
-}
-
+/// The finding if VFIO cannot have the device because of the controller that it depends on.
+///
 /// Behind a controller with a PCI domain of its own (Intel's VMD), devices do DMA with the controller's requester ID.
 /// The kernel puts them all into the controller's group, whose driver has made them: they vanish if it is unbound.
-fn behind_controller(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
+pub(super) fn finding(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
     let link = root.path(format!("sys/bus/pci/devices/{}", device.name));
     let folder = fs::canonicalize(link).ok()?;
     let mut above = folder.ancestors().skip(1);
@@ -50,43 +46,18 @@ fn is_host_bridge(path: &Path) -> bool {
         .is_some_and(|rest| rest.contains(':'))
 }
 
-/// VFIO asks for a secret (the VF token) for the virtual functions of a function that VFIO holds itself.
-fn of_vfio_function(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
-    let link = root.path(format!("sys/bus/pci/devices/{}/physfn", device.name));
-    let folder = fs::canonicalize(link).ok()?;
-    let function: HostAddress = folder.file_name()?.to_str()?.parse().ok()?;
-    let driver = fs::read_link(folder.join("driver")).ok()?;
-    let driver = driver.file_name()?.to_str()?;
-    driver.contains("vfio").then(|| {
-        Finding::missing(
-            format!(
-                "{} is a virtual function of {function}, which has the driver {driver}: VFIO asks for a VF token then, and \
-                 the daemon gives none",
-                device.name
-            ),
-            format!(
-                "remove the virtual functions, give {function} to its own driver, and let that make them; only virtual \
-                 functions then belong to VFIO"
-            ),
-        )
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::HostIommu;
     use crate::host::check::{Severity, device};
-    use crate::host::sysfs::HostFacts;
     use crate::host::sysfs::fake::{FakeHost, Function};
 
     const PORT: &str = "0000:00:0e.0/pci10000:e0/10000:e0:06.0";
     const DISK: &str = "0000:00:0e.0/pci10000:e0/10000:e0:06.0/10000:e1:00.0";
 
     fn found(host: &FakeHost, address: &str) -> Vec<Finding> {
-        let address = address.parse().expect("an address");
-        let facts = HostFacts::read(&host.root(), [address]);
-        device::findings(&host.root(), &facts, address, HostIommu::Iommufd)
+        device::found_at(host, address, HostIommu::Iommufd)
     }
 
     /// A server with VMD: a root port and a disk in the domain 10000, in the group of the controller.
@@ -158,34 +129,5 @@ mod tests {
             found[0].problem.contains("nvme0n1 is mounted at /"),
             "{found:#?}"
         );
-    }
-
-    /// A server with a network card that has virtual functions.
-    #[test]
-    fn a_virtual_function_of_a_function_of_vfio_needs_a_token() {
-        for (driver, is_refused) in [("ice", false), ("vfio-pci", true)] {
-            let host = FakeHost::new();
-            let card = Function {
-                driver: Some(driver),
-                ..Function::ready("0000:01:00.0", 7)
-            };
-            host.function(&card);
-            let function = Function {
-                vfio: Some(("vfio1", true)),
-                ..Function::ready("0000:01:01.0", 8)
-            };
-            host.function(&function);
-            host.link(
-                "sys/devices/pci0000:00/0000:01:00.0",
-                "sys/devices/pci0000:00/0000:01:01.0/physfn",
-            );
-            let found = found(&host, "0000:01:01.0");
-            assert_eq!(found.len(), usize::from(is_refused), "{found:#?}");
-            if let Some(finding) = found.first() {
-                assert_eq!(finding.severity, Severity::Missing);
-                assert!(finding.problem.contains("VF token"), "{finding:?}");
-                assert_eq!(finding.commands, [""; 0]);
-            }
-        }
     }
 }

@@ -2,20 +2,20 @@
 
 use std::io::ErrorKind;
 
-use super::{Finding, access, depends, kernel};
-use crate::config::HostIommu;
+use super::{Finding, access, depends, kernel, token};
+use crate::config::{HostIommu, Passthrough};
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
 };
-use crate::topology::HostAddress;
 
-/// The findings for the device at `address`.
+/// The findings for the device of an endpoint.
 pub(super) fn findings(
     root: &HostRoot,
     facts: &HostFacts,
-    address: HostAddress,
+    passthrough: &Passthrough,
     iommu: HostIommu,
 ) -> Vec<Finding> {
+    let address = passthrough.host;
     let Some(device) = facts.device(address) else {
         return vec![Finding::missing(
             format!("{address}: no such device on this host"),
@@ -33,6 +33,7 @@ pub(super) fn findings(
             "give `vfio` the address of a device behind it",
         ));
     }
+    found.extend(token::finding(root, device, passthrough, iommu));
     let group = facts.translated_group(address);
     if !device.is_held_by_vfio() {
         let mut finding = not_bound(root, device);
@@ -222,6 +223,22 @@ fn character_device(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
     }
 }
 
+/// The findings for the device at `address` of the host.
+#[cfg(test)]
+pub(super) fn found_at(
+    host: &crate::host::sysfs::fake::FakeHost,
+    address: &str,
+    iommu: HostIommu,
+) -> Vec<Finding> {
+    let passthrough = Passthrough {
+        endpoint: "00:06.0".parse().expect("an address"),
+        host: address.parse().expect("an address"),
+        token: None,
+    };
+    let facts = HostFacts::read(&host.root(), [passthrough.host]);
+    findings(&host.root(), &facts, &passthrough, iommu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Severity;
@@ -239,9 +256,7 @@ mod tests {
     }
 
     fn found(host: &FakeHost, iommu: HostIommu) -> Vec<Finding> {
-        let address = "0000:01:00.0".parse().expect("an address");
-        let facts = HostFacts::read(&host.root(), [address]);
-        findings(&host.root(), &facts, address, iommu)
+        found_at(host, "0000:01:00.0", iommu)
     }
 
     /// The only finding of the host.
@@ -389,9 +404,7 @@ mod tests {
         );
         assert!(finding.cure.contains("do not unbind"), "{finding:?}");
 
-        let own = "0000:01:00.1".parse().expect("an address");
-        let facts = HostFacts::read(&host.root(), [own]);
-        let found = findings(&host.root(), &facts, own, HostIommu::Type1);
+        let found = found_at(&host, "0000:01:00.1", HostIommu::Type1);
         let unbound = found.first().expect("a finding");
         assert!(unbound.problem.contains("driver ahci"), "{unbound:?}");
         assert!(

@@ -42,6 +42,13 @@ impl KernelOptions {
     }
 }
 
+/// The first two numbers of the running kernel's release; `None` if it cannot be read.
+pub(super) fn version(root: &HostRoot) -> Option<(u32, u32)> {
+    let release = root.value("proc/sys/kernel/osrelease")?;
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 /// If the kernel was built without `option`: a clause that says so.
 pub(super) fn lacking(root: &HostRoot, option: &str) -> Option<String> {
     let options = KernelOptions::read(root)?;

@@ -11,8 +11,10 @@ mod kernel;
 #[cfg(test)]
 mod machines;
 mod system;
+mod token;
 
 use std::fmt;
+use std::path::Path;
 
 use crate::config::{Config, Machine, Passthrough, SlotProblem};
 use crate::host::sysfs::{HostFacts, HostRoot};
@@ -100,7 +102,7 @@ impl Report {
         let devices = config.devices.passthrough.iter();
         let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
         let findings = |device: &Passthrough| {
-            let mut found = device::findings(root, &facts, device.host, config.host_iommu);
+            let mut found = device::findings(root, &facts, device, config.host_iommu);
             let export = config.devices.exported_at(device.endpoint);
             if export.is_some_and(|export| !export.allow_no_snoop) {
                 found.extend(coherency::finding(root, device.host));
@@ -116,6 +118,13 @@ impl Report {
             endpoints: devices.map(findings).collect(),
             ..Self::of_file(config)
         }
+    }
+
+    /// This report with what there is to say about `file`, the file of `config`.
+    #[must_use]
+    pub fn with_file(mut self, file: &Path, config: &Config) -> Self {
+        self.host.extend(token::readable_file(file, config));
+        self
     }
 
     /// The number of missing things.

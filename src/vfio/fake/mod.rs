@@ -7,6 +7,7 @@
 //! in L1 (`tests/passthrough/export.rs`, `resets.rs`).
 
 mod checks;
+mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

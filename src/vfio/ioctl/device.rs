@@ -1,17 +1,19 @@
 //! An open device: binding, address space, regions and features.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
-    vfio_device_detach_iommufd_pt, vfio_device_feature, vfio_device_feature_bus_master,
-    vfio_device_feature_dma_buf, vfio_device_info, vfio_region_dma_range, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_TYPE, vfio_device_attach_iommufd_pt,
+    vfio_device_bind_iommufd, vfio_device_detach_iommufd_pt, vfio_device_feature,
+    vfio_device_feature_bus_master, vfio_device_feature_dma_buf, vfio_device_info,
+    vfio_region_dma_range, vfio_region_info,
 };
 use vm_memory::MmapRegion;
 use vmm_sys_util::ioctl_io_nr;
 
 use super::{size_of_u32, update};
+use crate::ids::VfToken;
 
 ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
@@ -28,14 +30,36 @@ ioctl_io_nr!(
     VFIO_BASE + 20
 );
 
-pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: &impl AsRawFd) -> io::Result<()> {
-    let mut argument = vfio_device_bind_iommufd {
-        // Without the token, which older kernels do not know.
+/// The argument of `VFIO_DEVICE_BIND_IOMMUFD`. It points to the bytes of the token.
+pub(in crate::vfio) fn bind_argument(
+    iommufd: RawFd,
+    token: Option<&VfToken>,
+) -> vfio_device_bind_iommufd {
+    let without = vfio_device_bind_iommufd {
+        // Without the field for the token, which older kernels do not know.
         argsz: 16,
-        iommufd: iommufd.as_raw_fd(),
+        iommufd,
         ..Default::default()
     };
-    // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
+    let Some(token) = token else {
+        return without;
+    };
+    vfio_device_bind_iommufd {
+        argsz: size_of_u32::<vfio_device_bind_iommufd>(),
+        flags: VFIO_DEVICE_BIND_FLAG_TOKEN,
+        token_uuid_ptr: token.as_bytes().as_ptr().expose_provenance() as u64,
+        ..without
+    }
+}
+
+pub(in crate::vfio) fn bind_iommufd(
+    fd: BorrowedFd<'_>,
+    iommufd: &impl AsRawFd,
+    token: Option<&VfToken>,
+) -> io::Result<()> {
+    let mut argument = bind_argument(iommufd.as_raw_fd(), token);
+    // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing, or to the 16
+    // bytes of a UUID, which are borrowed for the whole call and only read.
     unsafe { update(&fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
     Ok(())
 }

@@ -32,7 +32,9 @@ use self::type1::{
 };
 
 #[cfg(test)]
-pub(super) use self::device::{attach_argument, bus_master_argument, detach_argument};
+pub(super) use self::device::{
+    attach_argument, bind_argument, bus_master_argument, detach_argument,
+};
 pub(super) use self::device::{
     attach_iommufd_pt, bind_iommufd, detach_iommufd_pt, device_info, dma_buf, map_region,
     region_info, set_bus_master,

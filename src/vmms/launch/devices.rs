@@ -40,7 +40,7 @@ impl OpenFiles {
         let iommufd = open(&path).map_err(|source| OpenError::Iommufd { path, source })?;
         files.iommufd = Some(iommufd);
         let facts = HostFacts::read(root, shared.iter().map(|device| device.host));
-        for &Passthrough { endpoint, host } in shared {
+        for &Passthrough { endpoint, host, .. } in shared {
             let device = facts
                 .device(host)
                 .ok_or(OpenError::NoSuchDevice { endpoint, host })?;
