@@ -280,10 +280,9 @@ impl Hotplug {
             reports = take_range(&mut parts.reports, range);
             files = take_range(&mut self.files.lock(), range);
         }
-        // A device that the VMM has brought stays open in the backend, whose other devices go on.
-        for file in reports.iter().filter_map(|report| report.vmm_file.as_ref()) {
-            drop(file.set(None));
-        }
+        // A device that the VMM has brought stays open in the backend, whose other devices go on. The VMM may still have it.
+        let brought = reports.iter().flat_map(|report| &report.vmm_file);
+        brought.for_each(|file| drop(file.end()));
         // Drops wait for threads, so `parts` must not be locked here.
         drop((unused, reports, files));
         vm.record.finish_removal(range);
@@ -432,7 +431,6 @@ fn take_range<T>(map: &mut BTreeMap<PciAddress, T>, range: PciRange) -> Vec<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::os::fd::{AsFd, OwnedFd};
     use std::os::unix::net::UnixDatagram;
     use std::path::Path;
@@ -443,8 +441,8 @@ mod tests {
     use crate::iommu::Settings;
     use crate::metrics::Metrics;
 
-    const CONFIG: &str = "socket = '/run/s'\naddress = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\n\
-                          [[endpoint]]\naddress = '00:07.0'\n";
+    const CONFIG: &str = "socket = '/run/s'\naddress = '00:05.0'\nhotplug = ['01:00.0']\n[[endpoint]]\n\
+                          address = '00:06.0'\nvfio = '65:00.0'\n[[endpoint]]\naddress = '00:07.0'\n";
 
     fn hotplug(keeper: Arc<Keeper>) -> Hotplug {
         let config = Config::from_text(Path::new("vm.toml"), CONFIG).expect("a configuration");
@@ -485,16 +483,18 @@ mod tests {
         }
         let hotplug = hotplug(keeper.clone());
         let at = ["00:06.0", "00:07.0"].map(|at| at.parse::<PciAddress>().expect("an address"));
+        let file = crate::vfio::VmmCdev::default();
         let device = |name: &str| OpenDevice {
             kept: vec![name.into(), "vfio.container.1".into()],
+            vmm_file: Some(file.clone()),
             ..OpenDevice::default()
         };
         let devices = at.into_iter().zip(["vfio.a", "vfio.b"].map(device));
         hotplug.adopt(devices).expect("adopted");
-        let range = |at| PciRange::new(at, at).expect("one function");
-        hotplug.remove(range(at[0])).expect("removed");
+        hotplug.remove(at[0].into()).expect("removed");
         assert_eq!(keeper.names(), ["iommufd", "vfio.b", "vfio.container.1"]);
-        hotplug.remove(range(at[1])).expect("removed");
+        assert!(file.has_ended(), "the VMM may still have the device");
+        hotplug.remove(at[1].into()).expect("removed");
         assert_eq!(keeper.names(), ["iommufd"]);
     }
 }

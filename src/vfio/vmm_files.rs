@@ -35,7 +35,17 @@ pub struct VmmIommufd(Arc<Mutex<Option<Arc<IommuFd>>>>);
 
 /// A device of a VMM. Clones are the same one.
 #[derive(Clone, Debug)]
-pub struct VmmCdev(Arc<Mutex<Option<Cdev>>>);
+pub struct VmmCdev(Arc<Mutex<VmmDeviceState>>);
+
+/// What this process has of a device.
+#[derive(Debug)]
+enum VmmDeviceState {
+    /// Nothing yet.
+    Awaited,
+    Open(Cdev),
+    /// Nothing any more: its endpoint was removed.
+    Ended,
+}
 
 fn absent() -> io::Error {
     io::Error::from_raw_os_error(libc::ENODEV)
@@ -100,23 +110,62 @@ impl AddressSpaces for VmmIommufd {
 
 impl Default for VmmCdev {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Rank::VmmFiles, None)))
+        Self(Arc::new(Mutex::new(
+            Rank::VmmFiles,
+            VmmDeviceState::Awaited,
+        )))
     }
 }
 
 impl VmmCdev {
     /// Whether this process has the open file.
     pub fn is_open(&self) -> bool {
-        self.0.lock().is_some()
+        matches!(*self.0.lock(), VmmDeviceState::Open(_))
     }
 
-    /// Replaces the open file. Returns the former one, which may take seconds to close: the kernel resets the device.
-    pub fn set(&self, cdev: Option<Cdev>) -> Option<Cdev> {
-        std::mem::replace(&mut *self.0.lock(), cdev)
+    /// Whether this process must not get the open file again.
+    pub fn has_ended(&self) -> bool {
+        matches!(*self.0.lock(), VmmDeviceState::Ended)
+    }
+
+    /// Takes the open file. Returns one that is of no use: the former one, or this one if the device has ended. It may take
+    /// seconds to close: the kernel resets the device.
+    pub fn open(&self, cdev: Cdev) -> Option<Cdev> {
+        let mut state = self.0.lock();
+        if let VmmDeviceState::Ended = *state {
+            return Some(cdev);
+        }
+        std::mem::replace(&mut *state, VmmDeviceState::Open(cdev)).file()
+    }
+
+    /// Gives the open file up, because the VMM has gone. The next VMM may bring another one.
+    pub fn give_up(&self) -> Option<Cdev> {
+        let mut state = self.0.lock();
+        if let VmmDeviceState::Ended = *state {
+            return None;
+        }
+        std::mem::replace(&mut *state, VmmDeviceState::Awaited).file()
+    }
+
+    /// Gives the open file up for good.
+    pub fn end(&self) -> Option<Cdev> {
+        std::mem::replace(&mut *self.0.lock(), VmmDeviceState::Ended).file()
     }
 
     fn get(&self) -> io::Result<Cdev> {
-        self.0.lock().clone().ok_or_else(absent)
+        match &*self.0.lock() {
+            VmmDeviceState::Open(cdev) => Ok(cdev.clone()),
+            VmmDeviceState::Awaited | VmmDeviceState::Ended => Err(absent()),
+        }
+    }
+}
+
+impl VmmDeviceState {
+    fn file(self) -> Option<Cdev> {
+        match self {
+            Self::Open(cdev) => Some(cdev),
+            Self::Awaited | Self::Ended => None,
+        }
     }
 }
 

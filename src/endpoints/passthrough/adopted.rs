@@ -60,7 +60,7 @@ pub(super) fn open(
             .then(|| claim_cdev(keeping, &name, Some(&path)))
             .flatten()
         {
-            Some(file) => drop(cdev.set(Some(file))),
+            Some(file) => drop(cdev.open(file)),
             None => kept::close_left(keeper, &name),
         }
         let found = match left.get(host) {

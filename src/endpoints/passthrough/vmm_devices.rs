@@ -173,7 +173,9 @@ impl VmmDevices {
     fn missing_in(&self, state: &FilesState) -> Vec<HostAddress> {
         let has_come = |device: &VmmDeviceFile| state.arrived.devices.contains_key(&device.host);
         let devices = self.devices.iter();
-        let missing = devices.filter(|device| !device.cdev.is_open() && !has_come(device));
+        let missing = devices
+            .filter(|device| !device.cdev.is_open() && !device.cdev.has_ended())
+            .filter(|device| !has_come(device));
         missing.map(|device| device.host).collect()
     }
 
@@ -188,6 +190,14 @@ impl VmmDevices {
             let left = deadline.saturating_duration_since(Instant::now());
             // What comes later is taken, and accepted, too.
             let _ = answered.recv_timeout(left);
+        }
+    }
+
+    /// Has the thread carry out an [`Order::Close`].
+    fn close(&self, order: Order) {
+        if let Some(orders) = self.orders.get() {
+            // If the thread is busy, the files are closed here.
+            drop(orders.try_send(order));
         }
     }
 
@@ -302,7 +312,13 @@ impl VmmDevices {
             if !cdev.is_bound() {
                 continue;
             }
-            kept::keep(&self.keeper, &kept::device_name(host), cdev.as_fd());
+            let name = kept::device_name(host);
+            kept::keep(&self.keeper, &name, cdev.as_fd());
+            // Its endpoint is removed, perhaps since the name was dropped.
+            if device.cdev.has_ended() {
+                self.keeper.drop_file(&name);
+                continue;
+            }
             state.arrived.devices.insert(host, cdev);
             info!(
                 "endpoint {}: {host} is taken over from the VMM",
@@ -381,10 +397,14 @@ impl VmmFiles for FilesOfVmm {
         if let Some(iommufd) = iommufd {
             devices.iommufd.set(Some(iommufd));
         }
-        for device in &devices.devices {
-            if let Some(cdev) = arrived.remove(&device.host) {
-                device.cdev.set(Some(cdev));
-            }
+        let useless = devices.devices.iter().filter_map(|device| {
+            let cdev = arrived.remove(&device.host)?;
+            device.cdev.open(cdev)
+        });
+        let useless: Vec<_> = useless.collect();
+        drop(state);
+        if !useless.is_empty() {
+            devices.close(Order::Close(useless, None, None));
         }
     }
 
@@ -395,7 +415,7 @@ impl VmmFiles for FilesOfVmm {
         state.vmm = None;
         let ours = state.iommufd.take();
         let taken = devices.devices.iter().filter_map(|device| {
-            let cdev = device.cdev.set(None)?;
+            let cdev = device.cdev.give_up()?;
             // However often it was claimed.
             devices.keeper.drop_file(&kept::device_name(device.host));
             Some(cdev)
@@ -408,10 +428,6 @@ impl VmmFiles for FilesOfVmm {
         devices.keeper.drop_file(kept::IOMMUFD);
         drop(state);
         info!("the VMM has gone: its devices are given up");
-        let order = Order::Close(taken, ours, iommufd);
-        if let Some(orders) = devices.orders.get() {
-            // If the thread is busy, they are closed here.
-            drop(orders.try_send(order));
-        }
+        devices.close(Order::Close(taken, ours, iommufd));
     }
 }

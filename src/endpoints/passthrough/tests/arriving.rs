@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use super::super::kept;
 use super::super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices};
 use crate::adopt::message::{FoundFiles, answer, receive_request};
 use crate::device::VmmWatcher;
@@ -47,7 +48,8 @@ struct Bed {
     devices: Arc<VmmDevices>,
     files: FilesOfVmm,
     requests: Receiver<Request>,
-    _vmm: UnixStream,
+    keeper: Arc<Keeper>,
+    _sockets: (UnixStream, UnixDatagram),
 }
 
 impl Bed {
@@ -68,8 +70,10 @@ impl Bed {
         };
         let files: Vec<_> = (0..count).map(file).collect();
         let cdevs = files.iter().map(|file| file.cdev.clone()).collect();
-        let keeper = Arc::new(Keeper::none());
-        let devices = Arc::new(VmmDevices::new(path, known, Some(copy()), files, keeper));
+        let (manager, ours) = UnixDatagram::pair().expect("sockets");
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        let devices = VmmDevices::new(path, known, Some(copy()), files, keeper.clone());
+        let devices = Arc::new(devices);
         let (vmm, socket) = UnixStream::pair().expect("sockets");
         devices.connected(socket.as_fd());
         Self {
@@ -79,7 +83,8 @@ impl Bed {
             files: FilesOfVmm(devices.clone()),
             devices,
             requests,
-            _vmm: vmm,
+            keeper,
+            _sockets: (vmm, manager),
         }
     }
 
@@ -183,4 +188,35 @@ fn what_comes_in_time_is_accepted_by_its_waiter() {
         waiter.join().expect("no panic");
     });
     assert_eq!(bed.are_open(), [true]);
+}
+
+#[test]
+fn a_device_whose_endpoint_is_removed_does_not_come_again() {
+    let bed = Bed::new(3);
+    let accepted = bed.start(core());
+    bed.cdevs[0].end();
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| bed.devices.driver_starts());
+        let request = bed.request();
+        assert_eq!(request.devices, [host(1), host(2)]);
+        // The next one is removed while the helper looks for it.
+        bed.cdevs[1].end();
+        bed.give(&request, &[1, 2]);
+        waiter.join().expect("no panic");
+    });
+    accepted.recv_timeout(LONG).expect("accepted");
+    assert_eq!(bed.are_open(), [false, false, true]);
+    assert_eq!(bed.keeper.names(), [kept::device_name(host(2))]);
+    // Nothing is missing, so nobody is asked. The next VMM's devices come without those of removed endpoints.
+    bed.files.fetch();
+    bed.files.release();
+    let (_vmm, socket) = UnixStream::pair().expect("sockets");
+    bed.devices.connected(socket.as_fd());
+    std::thread::scope(|scope| {
+        scope.spawn(|| bed.devices.driver_starts());
+        let request = bed.request();
+        assert_eq!(request.devices, [host(2)]);
+        bed.give(&request, &[]);
+    });
+    assert!(bed.keeper.names().is_empty(), "{:?}", bed.keeper.names());
 }
