@@ -167,8 +167,8 @@ impl EndpointKind for ExportedKind {
             origin,
             ..
         } = plug.keeping;
-        let attempt = PlugAttempt::begin(keeper);
         let keeping = DeviceKeeping::of_plugged(keeper, endpoint, origin == PlugOrigin::Here);
+        let attempt = PlugAttempt::begin(&keeping, device.host);
         let opened = PassthroughDevices::open(&alone, &keeping)?;
         let info = opened.topology.endpoint(endpoint.endpoint_id());
         let facts = info.map(|info| {

@@ -68,7 +68,7 @@ impl<'a> DeviceKeeping<'a> {
     }
 
     /// The name of the file with the properties of the devices.
-    fn facts_name(&self) -> String {
+    pub(super) fn facts_name(&self) -> String {
         self.name(FACTS, '-')
     }
 

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 
 use log::warn;
 
-use super::kept::{FACTS, IOMMUFD};
+use super::kept::{DeviceKeeping, FACTS, IOMMUFD, device_name};
 use crate::process::keeper::Keeper;
+use crate::topology::HostAddress;
 use crate::vfio::{Attach, Cdev};
 
 /// Closes all devices, containers and iommufds that the process before has left. Returns their names.
@@ -65,20 +66,37 @@ pub(in super::super) fn drop_devices(keeper: &Keeper, names: &[String]) {
 }
 
 /// An attempt to plug a device in. If it fails, the keeper must have nothing of it.
+///
+/// Other threads may keep files of other devices meanwhile, for example of one that is opened again after a hot reset.
 pub(in super::super) struct PlugAttempt<'a> {
     keeper: &'a Keeper,
+    /// The names that nobody else can have kept: those of the device.
+    own: [String; 3],
     in_use_before: BTreeSet<String>,
     has_succeeded: bool,
 }
 
 impl<'a> PlugAttempt<'a> {
-    /// Begins an attempt. No other one may begin before its end.
-    pub(in super::super) fn begin(keeper: &'a Keeper) -> Self {
+    /// Begins an attempt with the device `host`. No other one may begin before its end.
+    pub(in super::super) fn begin(keeping: &DeviceKeeping<'a>, host: HostAddress) -> Self {
         Self {
-            keeper,
-            in_use_before: in_use(keeper),
+            keeper: keeping.keeper,
+            own: [
+                device_name(host),
+                keeping.iommufd_name(),
+                keeping.facts_name(),
+            ],
+            in_use_before: in_use(keeping.keeper),
             has_succeeded: false,
         }
+    }
+
+    /// Whether only this attempt can have kept a name that was not in use before. Only the start of the daemon and attempts
+    /// keep containers and groups.
+    fn is_own(&self, name: &str) -> bool {
+        let shared = ["vfio.container.", "vfio.group."];
+        self.own.iter().any(|own| own == name)
+            || shared.iter().any(|prefix| name.starts_with(prefix))
     }
 
     /// The device is open, and [`OpenDevice::kept`](super::super::kind::OpenDevice::kept) has its names.
@@ -93,7 +111,9 @@ impl Drop for PlugAttempt<'_> {
             return;
         }
         for name in in_use(self.keeper).difference(&self.in_use_before) {
-            stop_and_drop(self.keeper, name);
+            if self.is_own(name) {
+                stop_and_drop(self.keeper, name);
+            }
         }
     }
 }
@@ -112,4 +132,52 @@ fn in_use(keeper: &Keeper) -> BTreeSet<String> {
 fn is_iommufd(name: &str) -> bool {
     let more = name.strip_prefix(IOMMUFD);
     more.is_some_and(|more| more.is_empty() || more.starts_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::net::UnixDatagram;
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_attempt_drops_what_it_has_kept_and_nothing_else() {
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        let keep = |name: &str| {
+            let file = OwnedFd::from(io::pipe().expect("a pipe").0);
+            keeper.keep_as(name, file.as_fd()).expect("kept");
+        };
+        let host: HostAddress = "0000:65:00.0".parse().expect("an address");
+        let endpoint = "01:00.0".parse().expect("an address");
+        let own = [
+            "vfio.0000-65-00.0",
+            "vfio.container.7",
+            "vfio.group.7",
+            "iommufd.0000-01-00.0",
+            "vfio.facts-0000-01-00.0",
+        ];
+        let before = ["vfio.container.8", "vfio.0000-66-00.0"];
+        let meanwhile = ["iommufd", "vfio.0000-67-00.0", "iommufd.0000-02-00.0"];
+        before.into_iter().for_each(keep);
+        let keeping = DeviceKeeping::of_plugged(&keeper, endpoint, true);
+        for succeeds in [false, true] {
+            let attempt = PlugAttempt::begin(&keeping, host);
+            own.into_iter().chain(meanwhile).for_each(keep);
+            let mut expected = [&before[..], &meanwhile[..]].concat();
+            if succeeds {
+                attempt.succeed();
+                expected.extend(own);
+            } else {
+                drop(attempt);
+            }
+            expected.sort_unstable();
+            assert_eq!(keeper.names(), expected);
+            let later = own.iter().chain(&meanwhile);
+            later.for_each(|name| keeper.drop_file(name));
+        }
+    }
 }
