@@ -5,6 +5,7 @@ use std::path::Path;
 use super::checker::{Checker, SourceText};
 use super::draft::{Draft, Origin};
 use super::error::{ConfigError, Location, ProblemKind};
+use super::passthrough::range_in;
 use super::{Config, ConfiguredDevice, DeviceLists, Socket};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
@@ -38,6 +39,21 @@ impl Config {
             }
             error
         })
+    }
+
+    /// The functions that `text` names, whatever else it says; `None` if it names none, or cannot be read.
+    pub(super) fn range_of_addition(text: &str) -> Option<PciRange> {
+        let whole = format!("endpoint = [{{ {text} }}]");
+        let mut checker = Checker::new(Some(SourceText {
+            path: Path::new(""),
+            text: &whole,
+        }));
+        let draft = checker.parse().ok()?;
+        let [given] = draft.endpoint.as_slice() else {
+            return None;
+        };
+        let place = given.value.address.as_ref().or(given.value.range.as_ref());
+        place.and_then(range_in)
     }
 
     /// This configuration without the endpoints in `range`, which must be one `[[endpoint]]` or a part

@@ -22,13 +22,71 @@ pub const MAX_CHANGES: usize = 1024;
 pub struct TooManyChanges;
 
 /// The endpoints that were added and removed since the file was read.
+///
+/// What is decoded is refused as a whole unless a daemon could have written it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "UncheckedChanges")]
 pub struct EndpointChanges {
     /// Endpoints of the file that were removed. In ascending order; they do not overlap.
     removed: Vec<TextRange>,
     /// In the order of their addition.
     added: Vec<AddedEndpoint>,
+}
+
+/// [`EndpointChanges`] as they are decoded.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UncheckedChanges {
+    removed: Vec<TextRange>,
+    added: Vec<AddedEndpoint>,
+}
+
+/// Changes that no daemon writes.
+#[derive(Debug, Error)]
+enum ImplausibleChanges {
+    #[error(transparent)]
+    TooMany(#[from] TooManyChanges),
+    #[error("ranges that were removed overlap, or are in no order")]
+    Order,
+    #[error("an endpoint has the range {range}, and its keys name {keys}")]
+    Keys { range: PciRange, keys: PciRange },
+    #[error("parts of the endpoint {0} were removed that it does not have")]
+    Parts(PciRange),
+}
+
+impl TryFrom<UncheckedChanges> for EndpointChanges {
+    type Error = ImplausibleChanges;
+
+    fn try_from(unchecked: UncheckedChanges) -> Result<Self, ImplausibleChanges> {
+        let changes = Self {
+            removed: unchecked.removed,
+            added: unchecked.added,
+        };
+        // First: it bounds the work of the others.
+        changes.check_count()?;
+        let in_order = |ranges: &[TextRange]| ranges.is_sorted_by(|a, b| a.0.last() < b.0.first());
+        let removed = changes.added.iter().map(|added| &added.removed);
+        if !removed
+            .chain([&changes.removed])
+            .all(|ranges| in_order(ranges))
+        {
+            return Err(ImplausibleChanges::Order);
+        }
+        for added in &changes.added {
+            let range = added.range();
+            // Keys that cannot be read are those of another version: the configuration will refuse this endpoint alone.
+            if let Some(keys) = Config::range_of_addition(&added.keys).filter(|keys| *keys != range)
+            {
+                return Err(ImplausibleChanges::Keys { range, keys });
+            }
+            let has =
+                |gone: &TextRange| range.contains(gone.0.first()) && range.contains(gone.0.last());
+            if !added.removed.iter().all(has) || added.is_gone() {
+                return Err(ImplausibleChanges::Parts(range));
+            }
+        }
+        Ok(changes)
+    }
 }
 
 /// An endpoint, or a range of them, that was added.

@@ -14,13 +14,14 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{EndpointChanges, TooManyChanges};
+use crate::config::{EndpointChanges, MAX_CHANGES, TooManyChanges};
 use crate::iommu::GuestOffer;
 use crate::process::keeper::Keeper;
 use crate::process::record::{Record, RecordFormat, refused};
@@ -37,6 +38,8 @@ const FORMAT: RecordFormat = RecordFormat {
 };
 /// The mark of each record that was written.
 const WRITTEN: u8 = 1;
+/// The most ranges that must be blocked: a few for each change.
+const MAX_BLOCKED: usize = 4 * MAX_CHANGES;
 /// So many processes may die while they take over an endpoint that was being added.
 const MAX_ATTEMPTS: u32 = 1;
 
@@ -165,6 +168,12 @@ impl ChangeRecord {
 
     /// Settles the change that was in progress.
     fn settle(&mut self) -> io::Result<LeftChanges> {
+        if self.now.blocked.len() > MAX_BLOCKED {
+            let count = self.now.blocked.len();
+            return Err(refused(&format!(
+                "it names {count} blocked ranges, more than {MAX_BLOCKED}"
+            )));
+        }
         let parsed = |range: &str| {
             let range = range.parse::<PciRange>();
             range.map_err(|cause| refused(&format!("a range cannot be decoded: {cause}")))
@@ -173,17 +182,20 @@ impl ChangeRecord {
         match self.now.pending.clone() {
             None => {}
             Some(PendingChange::Remove { range }) => half_removed = Some(parsed(&range)?),
-            Some(PendingChange::Add { range, attempts }) if attempts >= MAX_ATTEMPTS => {
-                let range = parsed(&range)?;
-                given_up = Some(range);
-                self.now.changes.forget(range);
-                self.now.pending = None;
-                self.write()?;
-            }
             Some(PendingChange::Add { range, attempts }) => {
-                parsed(&range)?;
-                let attempts = attempts.saturating_add(1);
-                self.now.pending = Some(PendingChange::Add { range, attempts });
+                let added = parsed(&range)?;
+                let mut additions = self.now.changes.added().iter();
+                if !additions.any(|addition| addition.range() == added) {
+                    return Err(refused("it lacks the endpoint that was being added"));
+                }
+                if attempts >= MAX_ATTEMPTS {
+                    given_up = Some(added);
+                    self.now.changes.forget(added);
+                    self.now.pending = None;
+                } else {
+                    let attempts = attempts.saturating_add(1);
+                    self.now.pending = Some(PendingChange::Add { range, attempts });
+                }
                 self.write()?;
             }
         }
@@ -211,16 +223,21 @@ impl ChangeRecord {
     /// Notes what this process has taken over, what it must block, and what it offers the guest.
     ///
     /// # Errors
-    /// The system refuses. A later process finds the record as it was.
+    /// The system refuses, or too much must be blocked. A later process finds the record as it was.
     pub fn settled(
         &mut self,
         changes: EndpointChanges,
         blocked: &[PciRange],
         offer: GuestOffer,
     ) -> io::Result<()> {
+        // A process that has died meanwhile has left what this one finds again.
+        let blocked: BTreeSet<_> = blocked.iter().map(PciRange::to_string).collect();
+        if blocked.len() > MAX_BLOCKED {
+            return Err(io::Error::other("too many endpoints must be blocked"));
+        }
         self.now.changes = changes;
         self.now.offer = Some(offer);
-        self.now.blocked = blocked.iter().map(PciRange::to_string).collect();
+        self.now.blocked = blocked.into_iter().collect();
         self.now.pending = None;
         self.write()
     }

@@ -206,6 +206,98 @@ fn each_damaged_word_is_refused_or_leaves_what_was_recorded() {
     assert!(refusals > 100, "{refusals} refusals");
 }
 
+/// What a process makes of a record with this text.
+fn read(text: &str) -> io::Result<LeftChanges> {
+    let mut raw = Record::new(&FORMAT)?;
+    raw.write(text.as_bytes())?;
+    ChangeRecord::adopt(raw.file().try_clone_to_owned()?).map(|(_, left)| left)
+}
+
+/// Texts that can be decoded, and that no daemon writes.
+#[test]
+fn a_record_that_does_not_add_up_is_refused_as_a_whole() {
+    let addition = |keys: &str, range: &str, removed: &str| {
+        format!(r#"{{"keys":"{keys}","range":"{range}","removed":[{removed}]}}"#)
+    };
+    let record = |removed: &str, added: &str, pending: &str, blocked: &str| {
+        format!(
+            r#"{{"changes":{{"removed":[{removed}],"added":[{added}]}},"pending":{pending},"blocked":[{blocked}],"is_refused":false,"offer":null}}"#
+        )
+    };
+    let many = |count: usize| {
+        let at = |n: usize| format!(r#""{:02x}:{:02x}.{}""#, n >> 8, n >> 3 & 31, n & 7);
+        (0..count).map(at).collect::<Vec<_>>().join(",")
+    };
+    let one = addition(ONE, "01:00.0", "");
+    let range = addition(
+        "range = '01:00.0-01:00.7'",
+        "01:00.0-01:00.7",
+        r#""01:00.2""#,
+    );
+    let pending = r#"{"add":{"range":"01:00.0","attempts":0}}"#;
+    let good = [
+        record("", "", "null", ""),
+        record(r#""00:06.0""#, &one, pending, r#""00:07.0""#),
+        record("", &range, "null", ""),
+        record(&many(MAX_CHANGES), "", "null", &many(MAX_BLOCKED)),
+        // Another version's keys: the configuration refuses this endpoint alone.
+        record("", &addition("colour = 'red'", "01:00.0", ""), "null", ""),
+    ];
+    for text in &good {
+        read(text).unwrap_or_else(|cause| panic!("{cause}: {text:.200}"));
+    }
+    let whole = addition(ONE, "01:00.0", r#""01:00.0""#);
+    let outside = addition(ONE, "01:00.0", r#""01:00.1""#);
+    let disorder = addition(
+        "range = '01:00.0-01:00.7'",
+        "01:00.0-01:00.7",
+        r#""01:00.2","01:00.1""#,
+    );
+    let parts = addition(
+        "range = '00:00.0-ff:1f.7'",
+        "00:00.0-ff:1f.7",
+        &many(MAX_CHANGES),
+    );
+    for (text, why) in [
+        (record(&many(MAX_CHANGES + 1), "", "null", ""), "1024"),
+        (record("", &parts, "null", ""), "1024"),
+        (record(&many(MAX_CHANGES), &one, "null", ""), "1024"),
+        (
+            record("", "", "null", &many(MAX_BLOCKED + 1)),
+            "blocked ranges",
+        ),
+        (record(r#""00:07.0","00:06.0""#, "", "null", ""), "overlap"),
+        (
+            record(r#""00:06.0-00:06.3","00:06.3""#, "", "null", ""),
+            "overlap",
+        ),
+        (record("", &disorder, "null", ""), "overlap"),
+        (
+            record("", &addition(ONE, "01:00.1", ""), "null", ""),
+            "its keys name",
+        ),
+        (record("", &whole, "null", ""), "parts of the endpoint"),
+        (record("", &outside, "null", ""), "parts of the endpoint"),
+        (record("", "", pending, ""), "being added"),
+    ] {
+        let refusal = read(&text).expect_err(why).to_string();
+        assert!(refusal.contains(why), "{refusal}: {text:.200}");
+    }
+}
+
+#[test]
+fn what_must_be_blocked_is_recorded_once() {
+    let (_manager, mut record) = record();
+    let twice = [range("00:07.0"), range("00:06.0"), range("00:07.0")];
+    record
+        .settled(EndpointChanges::default(), &twice, offer())
+        .expect("written");
+    assert_eq!(
+        next(&record).1.blocked,
+        [range("00:06.0"), range("00:07.0")]
+    );
+}
+
 proptest! {
     /// Whatever is recorded, it is refused, or the configuration is one that `ctl` could have made.
     #[test]
