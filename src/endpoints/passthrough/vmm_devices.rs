@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use log::info;
 
 use super::kept;
+use crate::adopt::MAX_DEVICES;
 use crate::adopt::message::{FoundFiles, ask};
 use crate::device::VmmWatcher;
 use crate::iommu::Iommu;
@@ -230,20 +231,18 @@ impl VmmDevices {
         }
     }
 
-    /// Gets the missing files, and says what is missing still.
+    /// Gets the missing files, a part with each request, and says what is missing still.
     fn get(&self, vmm: &Arc<OwnedFd>) {
         let missing = self.missing();
         if missing.is_empty() {
             return;
         }
-        let taken = self
-            .connect()
-            .and_then(|helper| {
-                let deadline = Instant::now() + HELPER_PATIENCE;
-                ask(&helper, vmm.as_fd(), &missing, deadline)
-                    .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
-            })
-            .and_then(|found| self.take(vmm, found));
+        let deadline = Instant::now() + HELPER_PATIENCE;
+        let mut parts = missing.chunks(MAX_DEVICES);
+        let taken = parts.try_for_each(|part| {
+            let found = self.ask_for(vmm, part, deadline)?;
+            self.take(vmm, found)
+        });
         let missing = self.missing();
         if missing.is_empty() {
             return;
@@ -261,11 +260,17 @@ impl VmmDevices {
         }
     }
 
-    fn connect(&self) -> Result<UnixStream, String> {
-        let connected = connector::connect(&self.helper);
-        connected
-            .map(UnixStream::from)
-            .map_err(|cause| missing_helper(&self.helper, cause))
+    /// Asks the helper for up to [`MAX_DEVICES`] devices.
+    fn ask_for(
+        &self,
+        vmm: &OwnedFd,
+        devices: &[HostAddress],
+        deadline: Instant,
+    ) -> Result<FoundFiles, String> {
+        let helper = connector::connect(&self.helper)
+            .map_err(|cause| missing_helper(&self.helper, cause))?;
+        ask(&UnixStream::from(helper), vmm.as_fd(), devices, deadline)
+            .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
     }
 
     /// Takes files that have come, unless the VMM has gone meanwhile.

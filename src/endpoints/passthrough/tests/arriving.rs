@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::super::kept;
 use super::super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices};
+use crate::adopt::MAX_DEVICES;
 use crate::adopt::message::{FoundFiles, answer, receive_request};
 use crate::device::VmmWatcher;
 use crate::locks::{Mutex, Rank};
@@ -219,4 +220,26 @@ fn a_device_whose_endpoint_is_removed_does_not_come_again() {
         bed.give(&request, &[]);
     });
     assert!(bed.keeper.names().is_empty(), "{:?}", bed.keeper.names());
+}
+
+/// More devices than a request can name.
+#[test]
+fn many_devices_come_with_several_requests() {
+    const COUNT: u8 = 150;
+    let bed = Bed::new(COUNT);
+    let accepted = bed.start(core());
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| bed.devices.driver_starts());
+        let mut rest: Vec<u8> = (0..COUNT).collect();
+        while !rest.is_empty() {
+            let request = bed.request();
+            let part: Vec<_> = rest.drain(..rest.len().min(MAX_DEVICES)).collect();
+            let named: Vec<_> = part.iter().map(|number| host(*number)).collect();
+            assert_eq!(request.devices, named);
+            bed.give(&request, &part);
+        }
+        waiter.join().expect("no panic");
+    });
+    accepted.recv_timeout(LONG).expect("accepted");
+    assert!(bed.are_open().iter().all(|is_open| *is_open));
 }
