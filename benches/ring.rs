@@ -301,6 +301,7 @@ impl Operator {
             device,
             metrics,
             readers: None,
+            adoption: None,
             hotplug: Arc::new(hotplug),
             life: Arc::new(Life::new(false)),
             keeper,

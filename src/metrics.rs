@@ -24,6 +24,23 @@ impl Counter {
     }
 }
 
+/// Counters of the devices that come from the VMM, see `endpoints::passthrough`.
+#[derive(Debug, Default)]
+pub struct AdoptionCounters {
+    /// Devices that were taken over.
+    pub taken: Counter,
+    /// Requests to the helper.
+    pub requests: Counter,
+    /// Those of them that the helper has refused, or not answered.
+    pub refused: Counter,
+    /// Requests that were not made, because too many came before.
+    pub limited: Counter,
+    /// Times the VMM or the guest waited for the helper.
+    pub waits: Counter,
+    /// Those of them that ended without an answer.
+    pub late: Counter,
+}
+
 /// Buckets of a [`Histogram`]: up to 1 µs, 2 µs, 4 µs and so on to 32.768 ms, and one for longer times.
 pub const BUCKETS: usize = 17;
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::places::PlaceState;
@@ -11,7 +12,7 @@ use crate::endpoints::status::{DeviceFigure, FigureValue};
 use crate::faults::FaultReason;
 use crate::iommu::{Totals, TotalsCursor};
 use crate::logging;
-use crate::metrics::Counter;
+use crate::metrics::{AdoptionCounters, Counter};
 use crate::process::life::Inheritance;
 use crate::process::sandbox::{self, Protection};
 use crate::protocol::reply::Status;
@@ -62,6 +63,7 @@ pub(super) struct Figures {
     pub windows_refused: u64,
     pub windows_without_memory: u64,
     pub readers: Option<ReaderFigures>,
+    pub adoption: Option<AdoptionFigures>,
     pub devices: Vec<KindFigures>,
     pub limits: Vec<LimitFigures>,
     pub log_suppressed: u64,
@@ -99,6 +101,17 @@ pub(super) struct ReaderFigures {
     pub inherited: u64,
     pub faults: u64,
     pub faults_suppressed: u64,
+}
+
+/// Figures of devices that come from the VMM.
+#[derive(Serialize)]
+pub(super) struct AdoptionFigures {
+    pub taken: u64,
+    pub requests: u64,
+    pub refused: u64,
+    pub limited: u64,
+    pub waits: u64,
+    pub late: u64,
 }
 
 /// Figures of all devices of one kind.
@@ -190,6 +203,7 @@ impl Figures {
             windows_refused: metrics.windows_refused.get(),
             windows_without_memory: metrics.windows_without_memory.get(),
             readers: readers.map(reader_figures),
+            adoption: subjects.adoption.as_deref().map(adoption_figures),
             devices: device_figures(&subjects.devices()),
             limits: Vec::new(),
             log_suppressed: logging::suppressed(),
@@ -239,6 +253,7 @@ impl Figures {
                 "windows_without_memory": self.windows_without_memory,
             },
             "readers": self.readers_json(),
+            "adoption": self.adoption,
             "limits": self.limits.iter().map(limit_json).collect::<Vec<_>>(),
             "log": {
                 "level": logging::level(),
@@ -377,6 +392,17 @@ fn reader_figures(registry: &Registry) -> ReaderFigures {
         inherited: counters.inherited.get(),
         faults: counters.faults.get(),
         faults_suppressed: counters.faults_suppressed.get(),
+    }
+}
+
+fn adoption_figures(counters: &AdoptionCounters) -> AdoptionFigures {
+    AdoptionFigures {
+        taken: counters.taken.get(),
+        requests: counters.requests.get(),
+        refused: counters.refused.get(),
+        limited: counters.limited.get(),
+        waits: counters.waits.get(),
+        late: counters.late.get(),
     }
 }
 

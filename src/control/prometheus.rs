@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Write};
 use std::time::UNIX_EPOCH;
 
-use super::figures::{Figures, KindFigures};
+use super::figures::{AdoptionFigures, Figures, KindFigures};
 use crate::process::sandbox::{FileRules, Protection};
 
 /// The prefix of every metric name.
@@ -289,7 +289,42 @@ impl Page {
                 readers.inherited,
             )?;
         }
+        if let Some(adoption) = &figures.adoption {
+            self.adoption(adoption)?;
+        }
         self.device_metrics(&figures.devices)
+    }
+
+    fn adoption(&mut self, adoption: &AdoptionFigures) -> fmt::Result {
+        self.counter(
+            "adoption_devices_total",
+            "Devices that were taken over from a VMM.",
+            adoption.taken,
+        )?;
+        self.counter(
+            "adoption_requests_total",
+            "Requests to the helper that takes devices over from the VMM.",
+            adoption.requests,
+        )?;
+        self.counter(
+            "adoption_refused_total",
+            "Requests that the helper has refused or not answered.",
+            adoption.refused,
+        )?;
+        self.counter(
+            "adoption_limited_total",
+            "Requests to the helper that were not made because too many came before.",
+            adoption.limited,
+        )?;
+        let name = "adoption_waits_total";
+        self.head(
+            name,
+            "counter",
+            "Times the VMM or the guest waited for the helper, by result.",
+        )?;
+        let answered = adoption.waits.saturating_sub(adoption.late);
+        self.line(name, &[("result", &"answered")], answered)?;
+        self.line(name, &[("result", &"late")], adoption.late)
     }
 
     fn device_metrics(&mut self, kinds: &[KindFigures]) -> fmt::Result {

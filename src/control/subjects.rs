@@ -10,7 +10,7 @@ use crate::endpoints::status::DeviceReport;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
-use crate::metrics::{Counter, Metrics};
+use crate::metrics::{AdoptionCounters, Counter, Metrics};
 use crate::process::handover::Handover;
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
@@ -29,6 +29,8 @@ pub struct Subjects {
     pub metrics: Arc<Metrics>,
     /// The registry of shadow readers; `None` without shadow endpoints.
     pub readers: Option<Arc<Registry>>,
+    /// The counters of devices that come from the VMM; `None` if none do.
+    pub adoption: Option<Arc<AdoptionCounters>>,
     /// The devices of passthrough, emulated and exported endpoints, which hotplug changes.
     pub hotplug: Arc<Hotplug>,
     /// Whether the guest has the devices behind ports where its table has them; `None` if nothing is compared.

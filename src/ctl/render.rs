@@ -364,8 +364,15 @@ fn pairs(counts: &Value) -> String {
     }
 }
 
-/// Emulated and exported devices and shadow readers, if there are any.
+/// Emulated and exported devices, shadow readers, and devices that come from the VMM, if there are any.
 fn devices(out: &mut String, answer: &Value) -> Result {
+    if answer["adoption"].is_object() {
+        writeln!(
+            out,
+            "\ndevices from the VMM\n  {}",
+            pairs(&answer["adoption"])
+        )?;
+    }
     let emulated = items(&answer["emulated"]);
     if !emulated.is_empty() || !items(&answer["exports"]).is_empty() {
         writeln!(out, "\ndevices over vfio-user")?;

@@ -193,6 +193,7 @@ impl Daemon {
             hotplug,
             readers,
             shadow,
+            adoption,
         } = attached.serve(vm, &iommu, &device, &keeper, &life)?;
         // Before any request is served.
         end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
@@ -207,6 +208,7 @@ impl Daemon {
             device: device.clone(),
             metrics: metrics.clone(),
             readers,
+            adoption,
             hotplug: hotplug.clone(),
             life: life.clone(),
             handover: Arc::new(handover::describer(hotplug.clone(), offer)),

@@ -34,7 +34,7 @@ use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
 use crate::iommu::{Iommu, NewEndpoints};
 use crate::locks::Mutex;
-use crate::metrics::Metrics;
+use crate::metrics::{AdoptionCounters, Metrics};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::shadow::{Registry, ShadowServer};
@@ -105,6 +105,8 @@ pub struct ServedDevices {
     pub readers: Option<Arc<Registry>>,
     /// The server that registers these readers.
     pub shadow: Option<ShadowServer>,
+    /// The counters of devices that come from the VMM; `None` if none do.
+    pub adoption: Option<Arc<AdoptionCounters>>,
 }
 
 impl OpenedDevices {
@@ -334,6 +336,7 @@ impl AttachedDevices {
         );
         let hotplug = Arc::new(hotplug);
         hotplug.adopt(self.devices).map_err(StartError::Thread)?;
+        let adoption = self.vmm.as_ref().map(|vmm| vmm.counters().clone());
         if let Some(vmm) = self.vmm {
             vmm.start(iommu.clone()).map_err(StartError::Thread)?;
             device.watch_vmm(vmm);
@@ -373,6 +376,7 @@ impl AttachedDevices {
             hotplug,
             readers,
             shadow,
+            adoption,
         })
     }
 }

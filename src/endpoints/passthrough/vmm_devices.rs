@@ -30,9 +30,11 @@ use crate::adopt::message::{FoundFiles, ask};
 use crate::device::VmmWatcher;
 use crate::iommu::Iommu;
 use crate::locks::{Mutex, Rank};
+use crate::metrics::AdoptionCounters;
 use crate::process::connector;
 use crate::process::inherited::is_same_file;
 use crate::process::keeper::Keeper;
+use crate::process::rate_limit::RateLimit;
 use crate::process::sandbox::{self, Role};
 use crate::process::wait_budget::WaitBudget;
 use crate::topology::{HostAddress, PciAddress};
@@ -49,6 +51,11 @@ const CORE_PATIENCE: Duration = Duration::from_millis(10);
 const PAUSE: Duration = Duration::from_millis(10);
 /// How long the thread waits for the helper: as long as systemd lets it live.
 const HELPER_PATIENCE: Duration = Duration::from_secs(10);
+/// So many requests to the helper may follow each other at once. A VM with 1024 devices needs them to start.
+const BURST: u32 = 16;
+/// After that, one is allowed in this time: the guest decides when it attaches a device that is not there, and each request
+/// starts a process with rights.
+const REFILL: Duration = Duration::from_secs(1);
 /// The most orders that wait for the thread.
 const WAITING: usize = 16;
 
@@ -69,6 +76,7 @@ pub struct VmmDevices {
     keeper: Arc<Keeper>,
     state: Mutex<FilesState>,
     orders: OnceLock<SyncSender<Order>>,
+    counters: Arc<AdoptionCounters>,
 }
 
 #[derive(Debug)]
@@ -79,6 +87,8 @@ struct FilesState {
     iommufd: Option<OwnedFd>,
     arrived: Arrived,
     budget: WaitBudget,
+    /// Limits the requests to the helper.
+    rate: RateLimit,
     /// The files of this VMM were asked for when its driver started. Its memory may come in many messages.
     has_started: bool,
 }
@@ -116,6 +126,7 @@ impl VmmDevices {
             iommufd: left,
             arrived: Arrived::default(),
             budget: WaitBudget::new(ATTACH_PATIENCE, Instant::now()),
+            rate: RateLimit::new(BURST, REFILL),
             has_started: false,
         };
         Self {
@@ -125,7 +136,13 @@ impl VmmDevices {
             keeper,
             state: Mutex::new(Rank::VmmDevices, state),
             orders: OnceLock::new(),
+            counters: Arc::default(),
         }
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> &Arc<AdoptionCounters> {
+        &self.counters
     }
 
     /// Starts the thread. It has `core` accept what nobody has waited for.
@@ -189,8 +206,11 @@ impl VmmDevices {
         let order = Order::Fetch { vmm, answer };
         if orders.try_send(order).is_ok() {
             let left = deadline.saturating_duration_since(Instant::now());
+            self.counters.waits.inc();
             // What comes later is taken, and accepted, too.
-            let _ = answered.recv_timeout(left);
+            if answered.recv_timeout(left).is_err() {
+                self.counters.late.inc();
+            }
         }
     }
 
@@ -267,10 +287,22 @@ impl VmmDevices {
         devices: &[HostAddress],
         deadline: Instant,
     ) -> Result<FoundFiles, String> {
-        let helper = connector::connect(&self.helper)
-            .map_err(|cause| missing_helper(&self.helper, cause))?;
-        ask(&UnixStream::from(helper), vmm.as_fd(), devices, deadline)
-            .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
+        let allowed = self.state.lock().rate.take(Instant::now());
+        allowed.map_err(|wait| {
+            self.counters.limited.inc();
+            format!(
+                "the helper was asked {BURST} times without a pause, and is asked again in {} ms; attach only devices that the VMM has",
+                wait.as_millis()
+            )
+        })?;
+        self.counters.requests.inc();
+        let answer = connector::connect(&self.helper)
+            .map_err(|cause| missing_helper(&self.helper, cause))
+            .and_then(|helper| {
+                ask(&UnixStream::from(helper), vmm.as_fd(), devices, deadline)
+                    .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
+            });
+        answer.inspect_err(|_| self.counters.refused.inc())
     }
 
     /// Takes files that have come, unless the VMM has gone meanwhile.
@@ -325,6 +357,7 @@ impl VmmDevices {
                 continue;
             }
             state.arrived.devices.insert(host, cdev);
+            self.counters.taken.inc();
             info!(
                 "endpoint {}: {host} is taken over from the VMM",
                 device.endpoint

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -242,4 +243,36 @@ fn many_devices_come_with_several_requests() {
     });
     accepted.recv_timeout(LONG).expect("accepted");
     assert!(bed.are_open().iter().all(|is_open| *is_open));
+}
+
+/// The guest attaches a device that is not there, over and over.
+#[test]
+fn a_guest_cannot_start_helpers_as_fast_as_it_likes() {
+    let mut bed = Bed::new(1);
+    bed.start(core());
+    let requests = std::mem::replace(&mut bed.requests, channel().1);
+    let asked = Arc::new(AtomicU64::new(0));
+    let count = asked.clone();
+    // Until the end of the test's process.
+    std::thread::spawn(move || {
+        for request in requests {
+            count.fetch_add(1, Ordering::Relaxed);
+            let none = FoundFiles::default();
+            answer(&request.daemon, Ok(&none), Instant::now() + LONG).expect("answered");
+        }
+    });
+    let began = Instant::now();
+    let counters = bed.devices.counters().clone();
+    let mut rounds = 0;
+    while counters.limited.get() < 3 {
+        bed.files.fetch();
+        rounds += 1;
+        assert!(rounds < 10_000, "no limit");
+    }
+    // A burst, and one in a second.
+    let most = 16 + began.elapsed().as_secs() + 1;
+    assert!(counters.requests.get() <= most, "{counters:?}");
+    assert!((1..=rounds).contains(&counters.waits.get()), "{counters:?}");
+    assert_eq!(counters.taken.get() + counters.refused.get(), 0);
+    assert_eq!(asked.load(Ordering::Relaxed), counters.requests.get());
 }
