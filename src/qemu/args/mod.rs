@@ -1,5 +1,6 @@
 //! QEMU's arguments for a configuration.
 
+mod beside_libvirt;
 mod emulated;
 mod exported;
 mod operator;
@@ -23,8 +24,10 @@ use places::{
     bus, check_hotplug_ranges, check_slots, has_bus, has_device, on_root_bus, place, slot,
 };
 
+pub use beside_libvirt::beside_libvirt;
 pub use operator::OperatorOptions;
 pub use passthrough::PassthroughArguments;
+pub(crate) use places::has_several_functions;
 pub use places::port_id;
 pub use refused::VmmOptionError;
 pub use tree_source::{TreeSource, dump_arguments};
@@ -71,12 +74,7 @@ impl QemuArgs {
         let others = OperatorOptions::new(others)?;
         others.check(config.machine)?;
         others.check_bridges(&config.ports)?;
-        let mut endpoints = config.placed_functions();
-        if let Some(endpoint) =
-            endpoints.find(|&it| !has_bus(config, it) && it != config.topology.iommu())
-        {
-            return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
-        }
+        check_buses(config)?;
         Self::make(config, table, Some(&others))
     }
 
@@ -86,23 +84,13 @@ impl QemuArgs {
         others: Option<&OperatorOptions>,
     ) -> Result<Self, QemuArgsError> {
         let has = |question: fn(&OperatorOptions) -> bool| others.is_some_and(question);
-        let socket = match &config.socket {
-            Some(Socket::Path(path)) => path,
-            Some(Socket::Fd(_)) | None => return Err(QemuArgsError::NoSocket),
-        };
+        let socket = socket_path(config)?;
         let memory = if has(OperatorOptions::has_memory_backend) {
             None
         } else {
             Some(config.memory.ok_or(QemuArgsError::NoMemory)?)
         };
-        let iommu = config.topology.iommu();
-        if !on_root_bus(iommu) {
-            return Err(QemuArgsError::NotOnRootBus { iommu });
-        }
-        let problems = config.slot_problems();
-        if let Some(problem) = problems.iter().find(|problem| problem.is_fatal()) {
-            return Err((*problem).into());
-        }
+        let problems = slot_problems(config)?;
         let functions = others.map(|others| others.functions(&config.ports));
         if let Some(functions) = &functions {
             check_slots(config, functions)?;
@@ -161,16 +149,9 @@ impl QemuArgs {
         }
         arguments.extend(iommu_device(config, socket)?);
         arguments.push(description);
-        if let Some(path) = &config.qmp {
-            // A monitor of its own: each serves one client.
-            let path = option_value(path)?;
-            arguments.push(("-qmp", format!("unix:{path},server=on,wait=off")));
-        }
+        arguments.extend(monitor(config)?);
         let mut notes = Vec::new();
-        let arguments = arguments
-            .into_iter()
-            .flat_map(|(name, value)| [name.to_owned(), value])
-            .collect();
+        let arguments = words(arguments);
         if let Some(functions) = functions {
             let ranges = config.topology.ranges();
             let missing = ranges.filter(|entry| !has_device(config, &functions, entry.range));
@@ -195,6 +176,48 @@ impl QemuArgs {
         notes.extend(problems.iter().map(ToString::to_string));
         Ok(Self { arguments, notes })
     }
+}
+
+/// The path of the VMM's socket.
+fn socket_path(config: &Config) -> Result<&Path, QemuArgsError> {
+    match &config.socket {
+        Some(Socket::Path(path)) => Ok(path),
+        Some(Socket::Fd(_)) | None => Err(QemuArgsError::NoSocket),
+    }
+}
+
+/// Refuses devices at whose addresses no argument can put them.
+fn check_buses(config: &Config) -> Result<(), QemuArgsError> {
+    let mut endpoints = config.placed_functions();
+    match endpoints.find(|&it| !has_bus(config, it) && it != config.topology.iommu()) {
+        Some(endpoint) => Err(QemuArgsError::DeviceNotOnRootBus { endpoint }),
+        None => Ok(()),
+    }
+}
+
+/// The problems with which the guest finds the IOMMU and all devices.
+fn slot_problems(config: &Config) -> Result<Vec<SlotProblem>, QemuArgsError> {
+    let iommu = config.topology.iommu();
+    if !on_root_bus(iommu) {
+        return Err(QemuArgsError::NotOnRootBus { iommu });
+    }
+    let problems = config.slot_problems();
+    match problems.iter().find(|problem| problem.is_fatal()) {
+        Some(problem) => Err((*problem).into()),
+        None => Ok(problems),
+    }
+}
+
+/// The monitor for the daemon. Each monitor serves one client.
+fn monitor(config: &Config) -> Result<Option<(&'static str, String)>, QemuArgsError> {
+    let path = config.qmp.as_deref().map(option_value).transpose()?;
+    Ok(path.map(|path| ("-qmp", format!("unix:{path},server=on,wait=off"))))
+}
+
+/// The arguments as words, in their order.
+fn words(arguments: Vec<(&'static str, String)>) -> Vec<String> {
+    let both = |(name, value): (&str, String)| [name.to_owned(), value];
+    arguments.into_iter().flat_map(both).collect()
 }
 
 /// Arguments as one line for a POSIX shell.
@@ -243,6 +266,14 @@ fn description(machine: Machine, path: &Path) -> Result<(&'static str, String), 
         // The value is the path alone, not a list of properties.
         Machine::Virt => Ok(("-dtb", value.replace(",,", ","))),
     }
+}
+
+/// Whether QEMU takes a table or device tree at this path.
+///
+/// # Errors
+/// The path cannot stand in an argument.
+pub fn check_table_path(machine: Machine, path: &Path) -> Result<(), QemuArgsError> {
+    description(machine, path).map(drop)
 }
 
 fn description_note(machine: Machine, path: &Path) -> String {

@@ -73,7 +73,7 @@ pub(super) fn place(config: &Config, function: PciAddress) -> String {
 
 /// Whether the device at `function` must have the property `multifunction`: QEMU lets no other function into a
 /// slot whose function 0 is without it.
-pub(super) fn has_several_functions(config: &Config, function: PciAddress) -> bool {
+pub(crate) fn has_several_functions(config: &Config, function: PciAddress) -> bool {
     function.function() != 0 || config.shares_slot(function)
 }
 

@@ -26,7 +26,8 @@ pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, 
     ports.map(|port| ("-device", argument(config, port)))
 }
 
-fn argument(config: &Config, port: &Port) -> String {
+/// The argument for one port.
+pub(super) fn argument(config: &Config, port: &Port) -> String {
     let driver = match port.kind {
         PortKind::RootPort => "pcie-root-port",
         PortKind::UpstreamPort => "x3130-upstream",

@@ -1,0 +1,37 @@
+//! The arguments that libvirt has no elements for.
+
+use super::{
+    QemuArgsError, check_buses, emulated, exported, iommu_device, monitor, ports, slot_problems,
+    socket_path, words,
+};
+use crate::config::{Config, DeviceKind};
+use crate::topology::Port;
+
+/// The arguments for a VM of libvirt: the IOMMU, the devices that QEMU reaches over vfio-user, the ports for which
+/// `is_wanted`, and the monitor. The rest of [`QemuArgs`](super::QemuArgs) is for the domain's elements to say: the machine,
+/// its memory, sleep states, the table, and devices that QEMU opens itself.
+///
+/// # Errors
+/// As for [`QemuArgs::new`](super::QemuArgs::new), and where no argument can put a device at its endpoint's address.
+pub fn beside_libvirt(
+    config: &Config,
+    is_wanted: impl Fn(&Port) -> bool,
+) -> Result<Vec<String>, QemuArgsError> {
+    let socket = socket_path(config)?;
+    slot_problems(config)?;
+    check_buses(config)?;
+    let wanted = config.ports.iter().filter(|port| is_wanted(port));
+    let mut arguments: Vec<_> = wanted
+        .map(|port| ("-device", ports::argument(config, port)))
+        .collect();
+    for kind in DeviceKind::ALL {
+        match kind {
+            DeviceKind::Exported => arguments.extend(exported::arguments(config)),
+            DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
+            DeviceKind::Passthrough | DeviceKind::ShadowReader => {}
+        }
+    }
+    arguments.extend(iommu_device(config, socket)?);
+    arguments.extend(monitor(config)?);
+    Ok(words(arguments))
+}
