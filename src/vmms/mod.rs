@@ -1,8 +1,9 @@
-//! The arguments of VMMs other than QEMU, and a launcher for the daemon and a VMM.
+//! The arguments of VMMs other than QEMU, the domain of libvirt, and a launcher for the daemon and a VMM.
 
 pub mod cloud_hypervisor;
 pub mod crosvm;
 pub mod launch;
+pub mod libvirt;
 
 use std::path::{Path, PathBuf};
 
