@@ -259,6 +259,19 @@ pub enum CliCommand {
         #[arg(long)]
         shell: bool,
     },
+    /// Print a libvirt domain for a configuration, as XML
+    ///
+    /// The domain has what the IOMMU needs: shared memory, the table, ports, passthrough devices, and QEMU arguments for the
+    /// rest. `virsh define` takes it as it is, without disks and networks; the comments in it say what to copy into a
+    /// domain that exists. Needs QEMU 10.2 and libvirt 11.2, or libvirt 12.1 for `vfio-from = "vmm"`.
+    LibvirtXml {
+        /// The configuration
+        file: PathBuf,
+        /// Absolute path at which QEMU finds the table written by `viot`, or the device tree written by `dtb` [default:
+        /// FILE's name in /var/lib/vhost-device-iommu, with the ending .viot or .dtb]
+        #[arg(long, value_name = "PATH")]
+        viot: Option<PathBuf>,
+    },
     /// Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service
     ///
     /// The drop-in limits memory, descriptors and threads, and allows the nodes of passthrough devices. The

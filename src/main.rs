@@ -39,7 +39,7 @@ use vhost_device_iommu::qemu::args::{QemuArgs, default_table_path, shell_line};
 use vhost_device_iommu::topology::{device_tree, viot};
 use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
 use vhost_device_iommu::vmms::launch::{Launch, VmmKind, read_tree};
-use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
+use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm, libvirt};
 
 /// The exit status of `upgrade` if the daemon has left and the next one has not taken everything over.
 const NOT_TAKEN_OVER: u8 = 3;
@@ -110,6 +110,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         Some(CliCommand::CrosvmArgs { file, viot, shell }) => {
             print_crosvm_args(file, viot.as_deref(), *shell)
         }
+        Some(CliCommand::LibvirtXml { file, viot }) => print_libvirt_domain(file, viot.as_deref()),
         Some(CliCommand::Ctl {
             socket,
             json,
@@ -401,6 +402,14 @@ fn print_crosvm_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
         crosvm::arguments(&Config::from_file(file)?, &viot, &HostRoot::default()),
         shell,
     )
+}
+
+fn print_libvirt_domain(file: &Path, table: Option<&Path>) -> Outcome {
+    let config = Config::from_file(file)?;
+    let table = table.map_or_else(|| libvirt::table_path(file, config.machine), Path::to_owned);
+    let domain =
+        libvirt::domain(&config, &table).map_err(|error| format!("{}: {error}", file.display()))?;
+    print(&domain)
 }
 
 fn print_vmm_args(file: &Path, made: Result<VmmArgs, VmmArgsError>, shell: bool) -> Outcome {

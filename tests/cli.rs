@@ -415,6 +415,31 @@ fn qemu_args_refuses_configurations_that_qemu_cannot_express() {
 }
 
 #[test]
+fn libvirt_xml_prints_only_a_domain() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    let file = dir.path().join("vm0.toml");
+    for (options, table) in [
+        (&[][..], "/var/lib/vhost-device-iommu/vm0.viot"),
+        (&["--viot", "/t"], "/t"),
+    ] {
+        let args = [&["libvirt-xml", file.to_str().expect("UTF-8")], options].concat();
+        let printed = run(&args);
+        assert_eq!((printed.status, printed.stderr.as_str()), (Some(0), ""));
+        let document = roxmltree::Document::parse(&printed.stdout).expect("XML");
+        let mut nodes = document.descendants();
+        let found = nodes.find(|node| node.has_tag_name("table"));
+        assert_eq!(found.and_then(|node| node.text()), Some(table));
+    }
+    let refused = run(&["libvirt-xml", file.to_str().expect("UTF-8"), "--viot", "t"]);
+    assert_eq!((refused.status, refused.stdout.as_str()), (Some(1), ""));
+    assert!(
+        refused.stderr.contains("vm0.toml: the path"),
+        "{}",
+        refused.stderr
+    );
+}
+
+#[test]
 fn arguments_of_other_vmms_are_printed_alone() {
     let text = "memory = '2G'\naddress = '00:02.0'\n[[endpoint]]\naddress = '00:09.0'\n";
     let vfio_user = format!("vfio-user-socket = '/run/i'\n{text}");

@@ -1191,6 +1191,37 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "LibvirtError::NoMemory",
+        With("socket = '/s'", &["libvirt-xml", "vm.toml"]),
+    ),
+    case(
+        "LibvirtError::InheritedFiles",
+        With(
+            "socket = '/s'\nmemory = '1G'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &["libvirt-xml", "vm.toml"],
+        ),
+    ),
+    case(
+        "LibvirtError::MixedPort",
+        With(
+            "socket = '/s'\nmemory = '1G'\nvfio-from = 'vmm'\n\
+             [[endpoint]]\nport = '00:02.0/00.0/00.0'\nvfio = '65:00.0'\n\
+             [[port]]\naddress = '00:02.0/00.0/01.0'\nhotplug = true",
+            &["libvirt-xml", "vm.toml"],
+        ),
+    ),
+    case(
+        "LibvirtError::Relative",
+        With("socket = 's'\nmemory = '1G'", &["libvirt-xml", "vm.toml"]),
+    ),
+    case(
+        "LibvirtError::Character",
+        With(
+            "socket = '/s'\nmemory = '1G'",
+            &["libvirt-xml", "vm.toml", "--viot", "/\u{1}"],
+        ),
+    ),
+    case(
         "VmmArgsError::NoSocketPath",
         With("memory = '1G'", &["cloud-hypervisor-args", "vm.toml"]),
     ),

@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 23] = [
+const SOURCES: [(&str, &str); 24] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/ports/path.rs", "Ports"),
@@ -52,6 +52,7 @@ const SOURCES: [(&str, &str); 23] = [
         "src/vmms/mod.rs",
         "`cloud-hypervisor-args` and `crosvm-args`",
     ),
+    ("src/vmms/libvirt/error.rs", "`libvirt-xml`"),
     (
         "src/qemu/args/refused.rs",
         "`launch`, options of the VMM's own",
