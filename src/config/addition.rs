@@ -95,6 +95,14 @@ impl Checker<'_> {
             );
             return Err(self.finish());
         }
+        if let Some(token) = &given.value.vf_token {
+            self.refuse(
+                &token.origin,
+                "endpoint[0].vf-token",
+                ProblemKind::VfTokenInAddition,
+            );
+            return Err(self.finish());
+        }
         let vmm = match &config.socket {
             Some(Socket::Path(path)) => Some(path),
             Some(Socket::Fd(_)) | None => None,

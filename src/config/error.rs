@@ -250,6 +250,12 @@ pub enum ProblemKind {
         "the value is no UUID; write one of the form xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx, such as `uuidgen` makes"
     )]
     VfToken,
+    /// `vf-token` of an endpoint that is added to a running VM.
+    #[error(
+        "a VF token is a secret, and the keys of an added endpoint are shown to everybody who may ask for the status; write \
+         the endpoint into the file before the VM starts"
+    )]
+    VfTokenInAddition,
     /// `vf-token` on an endpoint that is not exported.
     #[error(
         "a VF token is for exported devices only, because a VMM that binds the device to an iommufd gives VFIO none; \

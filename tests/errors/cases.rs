@@ -763,6 +763,17 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "ProblemKind::VfTokenInAddition",
+        Ctl(
+            "",
+            &[
+                "add-endpoint",
+                "00:06.0",
+                "vf-token = 'bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3'",
+            ],
+        ),
+    ),
+    case(
         "ProblemKind::NoSnoopWithoutExport",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nallow-no-snoop = true"),
     ),
