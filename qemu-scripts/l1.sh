@@ -26,19 +26,22 @@
 #   VIOMMU_EDU_PAIR two more behind one PCI bridge (on arm64: two functions of one slot), in one group
 #   VIOMMU_E1000_PAIR two network cards behind another bridge, in one group: their registers are 0 after a reset
 #   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty if QEMU has no such device
+#   VIOMMU_IGB      on amd64 a network card, Intel's 82576, behind a root port. It can have virtual functions (vfio-pci makes
+#                   them). Behind its wire 10.0.2.2 answers pings, and 10.0.2.100 echoes on TCP port 7
 #   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
 #   VIOMMU_L1       the KIND of --iommu
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 
-# Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem, e1000.
-VFIO_IDS=1234:11e8,1b36:0005,1af4:1110,8086:100e
+# Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem, e1000, igb and its virtual functions.
+VFIO_IDS=1234:11e8,1b36:0005,1af4:1110,8086:100e,8086:10c9,8086:10ca
 EDU=(10.0 11.0 12.0 13.0)
 BRIDGE=18.0
 E1000_BRIDGE=19.0
 TESTDEV=(15.0 16.0)
 IVSHMEM=17.0
+IGB_PORT=1b.0
 
 arch=amd64 iommu='' firmware=no memory=3G cpus=2 limit=900 append='' log='' devices=()
 while [ $# -gt 0 ]; do
@@ -213,6 +216,16 @@ if grep -q '"iommu-testdev"' <<<"$("$VIOMMU_QEMU" -device help 2>/dev/null)"; th
     done
 fi
 
+VIOMMU_IGB=
+if [ "$arch" = amd64 ]; then
+    VIOMMU_IGB=0000:03:00.0
+    # shellcheck disable=SC2054 # the commas are QEMU's
+    devices+=(-device "pcie-root-port,id=igb-port,bus=pcie.0,chassis=4,addr=$IGB_PORT"
+        -netdev "user,id=wire,restrict=on,guestfwd=tcp:10.0.2.100:7-cmd:cat"
+        -device "igb,bus=igb-port,addr=0.0,netdev=wire,mac=52:54:00:12:34:56,romfile=efi-e1000.rom")
+fi
+export VIOMMU_IGB
+
 # The script that L1 runs. A file, because the kernel's command line has limits of length and quoting.
 {
     for name in $(compgen -e); do
@@ -230,7 +243,7 @@ fi
 # An input that never ends: at its end QEMU would treat the output as closed as well.
 mkfifo "$work/idle"
 
-kernel_append+=" panic=-1 vfio-pci.ids=$VFIO_IDS"
+kernel_append+=" panic=-1 vfio-pci.ids=$VFIO_IDS vfio-pci.enable_sriov=1"
 
 # The only serial port is the console: L1 has its files and its output through virtio. QEMU's virtio devices bypass
 # the IOMMU unless an option says otherwise.

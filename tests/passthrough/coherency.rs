@@ -1,23 +1,10 @@
 //! Exported devices on a host whose IOMMU cannot enforce cache coherency.
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
 
 use crate::common::daemon::Daemon;
+use crate::program::run;
 use crate::words;
-
-/// The output of the program with a configuration file, and whether it succeeded.
-fn run(arguments: &[&str], file: &Path) -> (String, bool) {
-    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
-        .args(arguments)
-        .arg(file)
-        .output()
-        .expect("it runs");
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    (text, output.status.success())
-}
 
 #[test]
 #[ignore = "needs the L1 machine with --iommu vtd-no-snoop; run qemu-scripts/test.sh passthrough"]

@@ -32,12 +32,14 @@ mod locked;
 mod mixed;
 mod moves;
 mod nested;
+mod program;
 mod records;
 mod resets;
 mod restarts;
 mod server;
 mod successor;
 mod taken_over;
+mod virtual_functions;
 #[path = "../common/vm.rs"]
 mod vm;
 
