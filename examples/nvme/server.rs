@@ -80,12 +80,13 @@ impl ServedDevice for NvmeDevice {
         "nvme"
     }
 
-    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) {
+    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) -> Result<(), String> {
         let max_data = client.capabilities.max_data_xfer_size;
         self.messages
             .set_max_data(max_data.unwrap_or(MAX_DATA.into()));
         answer.max_msg_fds = Some(VECTORS.into());
         answer.max_dma_maps = Some(MAX_WINDOWS as u64);
+        Ok(())
     }
 
     fn info(&self) -> DeviceSummary {

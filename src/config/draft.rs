@@ -227,6 +227,7 @@ pub(super) struct EndpointDraft {
     pub vfio: Option<Located<Scalar>>,
     pub vf_token: Option<Located<Scalar>>,
     pub export: Option<Located<Scalar>>,
+    pub registers: Option<Located<Scalar>>,
     pub allow_no_snoop: Option<Located<Scalar>>,
     pub vfio_user: Option<Located<EmulatedDraft>>,
     pub shadow: Option<Located<Scalar>>,

@@ -268,6 +268,17 @@ pub enum ProblemKind {
          `allow-no-snoop`"
     )]
     NoSnoopWithoutExport,
+    /// Not a way to reach registers.
+    #[error(
+        "{0:?} is not a way to reach registers; use \"trapped\" (each access is a message) or \"mapped\" (fast, for a VMM \
+         that may have the device's own descriptor)"
+    )]
+    Registers(String),
+    /// `registers` on an endpoint that is not exported.
+    #[error(
+        "the key is for exported devices only, because the VMM opens the others itself; remove `registers`"
+    )]
+    RegistersWithoutExport,
     /// An export's socket has the path of another socket.
     #[error("another socket has this path; use another path in `export`")]
     ExportPath,

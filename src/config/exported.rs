@@ -9,6 +9,7 @@ use super::draft::{Draft, EndpointDraft, Scalar};
 use super::error::ProblemKind;
 use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::range_in;
+use super::text::shown;
 use crate::topology::PciAddress;
 
 /// A passthrough device that only the daemon opens. The VMM reaches it over vfio-user.
@@ -19,8 +20,20 @@ pub struct Exported {
     pub endpoint: PciAddress,
     /// Where the daemon listens for the VMM's vfio-user client.
     pub path: PathBuf,
+    /// How the client reaches the registers.
+    pub registers: RegisterAccess,
     /// The operator answers for the coherency of the device's DMA if the host's IOMMU does not enforce it.
     pub allow_no_snoop: bool,
+}
+
+/// How the client of an exported device reaches its registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RegisterAccess {
+    /// By messages, unless the kernel has a file of a BAR alone that can be mapped.
+    #[default]
+    Trapped,
+    /// The client maps BARs through the device's own descriptor.
+    Mapped,
 }
 
 impl ConfiguredDevice for Exported {
@@ -41,7 +54,11 @@ impl ConfiguredDevice for Exported {
     }
 
     fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, ", exported at {}", self.path.display())
+        write!(f, ", exported at {}", self.path.display())?;
+        match self.registers {
+            RegisterAccess::Trapped => Ok(()),
+            RegisterAccess::Mapped => f.write_str(" with mapped registers"),
+        }
     }
 }
 
@@ -54,11 +71,12 @@ impl Checker<'_> {
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             let value = &endpoint.value;
             let allowed = self.allow_no_snoop(value, index);
+            let registers = self.registers(value, index);
             let Some(given) = &value.export else {
-                whole &= allowed.is_some();
+                whole &= allowed.is_some() && registers.is_some();
                 continue;
             };
-            let Some(allow_no_snoop) = allowed else {
+            let (Some(allow_no_snoop), Some(registers)) = (allowed, registers) else {
                 whole = false;
                 continue;
             };
@@ -78,6 +96,7 @@ impl Checker<'_> {
                 found.push(Exported {
                     endpoint: range.first(),
                     path,
+                    registers,
                     allow_no_snoop,
                 });
                 continue;
@@ -105,13 +124,35 @@ impl Checker<'_> {
         }
         Some(value)
     }
+
+    /// The value of `registers`; `None` after a refusal.
+    fn registers(&mut self, endpoint: &EndpointDraft, index: usize) -> Option<RegisterAccess> {
+        let Some(given) = &endpoint.registers else {
+            return Some(RegisterAccess::default());
+        };
+        let key = format!("endpoint[{index}].registers");
+        let registers = match self.text(given, &key, "\"trapped\" or \"mapped\"")? {
+            "trapped" => RegisterAccess::Trapped,
+            "mapped" => RegisterAccess::Mapped,
+            _ => {
+                let kind = ProblemKind::Registers(shown(&given.value));
+                self.refuse(&given.origin, &key, kind);
+                return None;
+            }
+        };
+        if endpoint.export.is_none() {
+            self.refuse(&given.origin, &key, ProblemKind::RegistersWithoutExport);
+            return None;
+        }
+        Some(registers)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use crate::config::Config;
+    use crate::config::{Config, RegisterAccess};
 
     /// An IOMMU and these endpoints.
     fn parse(endpoints: &str) -> Result<Config, String> {
@@ -156,6 +197,29 @@ mod tests {
     }
 
     #[test]
+    fn registers_are_mapped_only_on_demand() {
+        let registers_with = |keys: &str| {
+            let exported = format!("vfio = '65:00.0'\nexport = '/a'\n{keys}");
+            let config = parse(&one("00:06.0", &exported)).expect("good");
+            (
+                config.devices.exported[0].registers,
+                config.summary().to_string(),
+            )
+        };
+        for keys in ["", "registers = 'trapped'"] {
+            let (registers, summary) = registers_with(keys);
+            assert_eq!(registers, RegisterAccess::Trapped);
+            assert!(summary.contains("exported at /a\n"), "{summary}");
+        }
+        let (registers, summary) = registers_with("registers = 'mapped'");
+        assert_eq!(registers, RegisterAccess::Mapped);
+        assert!(
+            summary.contains("exported at /a with mapped registers\n"),
+            "{summary}"
+        );
+    }
+
+    #[test]
     fn bad_exports_are_refused_with_a_cure() {
         let exported = |path: &str| format!("vfio = '65:00.0'\nexport = '{path}'");
         let emulated = "vfio-user = { listen = '/l', connect = '/k' }";
@@ -189,6 +253,18 @@ mod tests {
             (
                 one("00:06.0", &(exported("/a") + "\nallow-no-snoop = 1")),
                 "true or false",
+            ),
+            (
+                one("00:06.0", "vfio = '65:00.0'\nregisters = 'mapped'"),
+                "remove `registers`",
+            ),
+            (
+                one("00:06.0", &(exported("/a") + "\nregisters = 'direct'")),
+                "use \"trapped\"",
+            ),
+            (
+                one("00:06.0", &(exported("/a") + "\nregisters = true")),
+                "\"trapped\" or \"mapped\"",
             ),
             (
                 one("00:06.0", &format!("{emulated}\nexport = '/a'")),

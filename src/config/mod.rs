@@ -49,7 +49,7 @@ pub use changes::{
 pub use devices::DeviceLists;
 pub use emulated::{Emulated, ServerDeadlines, ServerIsolation};
 pub use error::{ConfigError, Location, Problem, ProblemKind};
-pub use exported::Exported;
+pub use exported::{Exported, RegisterAccess};
 pub use kind::{ConfiguredDevice, DeviceKind};
 pub use machine::Machine;
 pub use named::NamedDevice;

@@ -16,3 +16,8 @@ pub(super) fn text(value: &Value) -> &str {
 pub(super) fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
 }
+
+/// `text` if the field is true, and nothing otherwise.
+pub(super) fn note<'a>(field: &Value, text: &'a str) -> &'a str {
+    if *field == true { text } else { "" }
+}

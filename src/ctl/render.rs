@@ -4,7 +4,7 @@ use std::fmt::{Result, Write};
 
 use serde_json::Value;
 
-use super::fields::{items, number, text};
+use super::fields::{items, note, number, text};
 use super::{hotplug, places};
 use crate::args::Question;
 
@@ -155,16 +155,8 @@ fn endpoints(out: &mut String, answer: &Value) -> Result {
         } else {
             text(&endpoint["dma"])
         };
-        let exported = if endpoint["exported"] == true {
-            ", exported"
-        } else {
-            ""
-        };
-        let emulated = if endpoint["emulated"] == true {
-            "  emulated"
-        } else {
-            ""
-        };
+        let exported = note(&endpoint["exported"], ", exported");
+        let emulated = note(&endpoint["emulated"], "  emulated");
         writeln!(
             out,
             "  {}  {:<11} {:<10} {domain}{host}{exported}{emulated}",
@@ -429,16 +421,19 @@ fn devices(out: &mut String, answer: &Value) -> Result {
     for device in items(&answer["exports"]) {
         writeln!(
             out,
-            "  {}  exported: a client {}; {} clients so far, {} cut off{}",
+            "  {}  exported: a client {}; {} clients so far, {} cut off{}{}",
             text(&device["address"]),
             connection(&device["client"]),
             device["clients"],
             device["cut_offs"],
-            if device["leftover"] == true {
+            note(
+                &device["held"],
+                "; a process of a former client has, or may have, its descriptor"
+            ),
+            note(
+                &device["leftover"],
                 "; not reset: it has, or may have, the state of a client that has gone"
-            } else {
-                ""
-            },
+            ),
         )?;
     }
     let readers = &answer["readers"];

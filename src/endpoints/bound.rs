@@ -28,6 +28,13 @@ const LEFTOVER: DeviceMetric = DeviceMetric {
     help: "Whether an exported device has, or may have, the state of a client that has gone.",
 };
 
+/// Whether another process may reach a device without being its client.
+const HELD: DeviceMetric = DeviceMetric {
+    name: "export_held",
+    metric_type: "gauge",
+    help: "Whether a process of a former client has, or may have, the descriptor of an exported device.",
+};
+
 /// An exported device whose socket no client is accepted at yet: the device does no DMA.
 pub struct BoundExport {
     /// The address of its endpoint.
@@ -55,9 +62,11 @@ impl BoundExport {
     /// The system has no descriptor or thread left.
     pub fn serve(mut self) -> io::Result<(ServedExport, Arc<dyn DeviceStatus>, Arc<SocketFile>)> {
         if self.is_abandoned {
+            self.device.abandon();
             self.device.release();
         }
         let leftover = self.device.leftover();
+        let held = self.device.held();
         let is_silent = self.device.is_silent();
         let server = export::serve(self.listener, self.device, self.keeping)?;
         info!(
@@ -68,6 +77,7 @@ impl BoundExport {
         let status = ExportStatus {
             server: server.status(),
             leftover,
+            held,
         };
         let served = ServedExport { server, is_silent };
         Ok((served, Arc::new(status), self.file))
@@ -87,6 +97,8 @@ struct ExportStatus {
     server: Arc<ServerStatus>,
     /// The device has, or may have, the state of a client that has gone.
     leftover: Arc<AtomicBool>,
+    /// A process of a client that has gone has, or may have, the device's descriptor.
+    held: Arc<AtomicBool>,
 }
 
 impl DeviceStatus for ExportStatus {
@@ -95,6 +107,7 @@ impl DeviceStatus for ExportStatus {
         vec![
             DeviceFigure::flag("client", self.server.is_connected()).with_metric(&CLIENT_UP),
             DeviceFigure::flag("leftover", leftover).with_metric(&LEFTOVER),
+            DeviceFigure::flag("held", self.held.load(Ordering::Relaxed)).with_metric(&HELD),
             DeviceFigure::count("clients", self.server.clients.get()),
             DeviceFigure::count("cut_offs", self.server.cut_offs.get()),
         ]

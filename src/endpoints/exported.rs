@@ -4,6 +4,8 @@
 use std::io;
 use std::sync::Arc;
 
+use log::warn;
+
 use super::bound::BoundExport;
 use super::kind::{
     EndpointKind, OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin, Resources, check_prepared,
@@ -13,7 +15,7 @@ use super::passthrough::{
 };
 use super::sockets::rights;
 use super::status::StatusNames;
-use crate::config::{Config, Descriptors};
+use crate::config::{Config, Descriptors, HostIommu, RegisterAccess};
 use crate::export::{ClientKeeping, ExportedDevice, HotResetRegistry};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
@@ -45,7 +47,15 @@ pub fn bind_export(
         let text = format!("endpoint {endpoint} cannot be exported: {cause}");
         io::Error::new(cause.kind(), text)
     })?;
-    let offered = offered.answering_all_accesses(config.answers_all_accesses());
+    let offered = offered
+        .answering_all_accesses(config.answers_all_accesses())
+        .lending(export.registers == RegisterAccess::Mapped);
+    if export.registers == RegisterAccess::Mapped && config.host_iommu == HostIommu::Iommufd {
+        warn!(
+            "endpoint {endpoint}: with `registers = \"mapped\"` and iommufd the VMM can attach the device to every address \
+             space of this daemon, and the daemon does not see whether a former VMM still has the device"
+        );
+    }
     let host = devices.passthrough_at(endpoint).map(|p| p.host);
     let offered = match host.and_then(function_of) {
         Some(host) => offered.with_hot_reset(hot_resets, host)?,

@@ -16,13 +16,14 @@ use zerocopy::FromBytes;
 
 use super::hot_reset::{HotResetRegistry, Names, RegisteredDevice, Release, StaleReason};
 use super::irqs::{ExportedIrqs, IrqsRecord, errno_of};
+use super::lending::Lending;
 use crate::process::keeper::Keeper;
 use crate::vfio::{DeviceAccess, DeviceInfo, HostFunction, RegionInfo};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody, RegionAccessBody};
 use crate::vfio_user::server::{
     ClientFiles, DescriptorKeeping, DeviceRecord, DeviceSummary, IrqKind, IrqSet, RegionCapability,
-    ServedDevice, ServedRegion,
+    RegionFile, ServedDevice, ServedRegion,
 };
 use crate::vfio_user::version::{Capabilities, Version};
 use crate::{info_limited, warn_limited};
@@ -50,6 +51,9 @@ pub struct ExportedDevice {
     irqs: ExportedIrqs,
     /// `None` if the device takes part in no hot resets.
     registered: Option<RegisteredDevice>,
+    lending: Lending,
+    /// The present client is refused, and has not had the device.
+    is_refused: bool,
     /// See [`Self::is_silent`].
     is_silent: Arc<AtomicBool>,
     answers_all_accesses: bool,
@@ -68,6 +72,9 @@ struct ExportRecord {
     irqs: IrqsRecord,
     /// The first and the last address of each window.
     windows: Vec<(u64, u64)>,
+    /// The client may have got the device's own descriptor. Absent if not, because older daemons refuse the field.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    lent: bool,
 }
 
 /// A region that the device has.
@@ -110,6 +117,8 @@ impl ExportedDevice {
             kinds,
             irqs: ExportedIrqs::default(),
             registered: None,
+            lending: Lending::default(),
+            is_refused: false,
             is_silent: Arc::default(),
             answers_all_accesses: false,
             windows: ClientWindows::default(),
@@ -133,6 +142,18 @@ impl ExportedDevice {
         if let Some(registered) = &self.registered {
             registered.take();
         }
+    }
+
+    /// Gives the device's own descriptor to clients, so that they map BARs, if `is_allowed` and the kernel has no file of a
+    /// BAR alone.
+    pub fn lending(mut self, is_allowed: bool) -> Self {
+        self.lending = Lending::new(is_allowed);
+        self
+    }
+
+    /// The process before has left the device, and nobody goes on with its client: [`ServedDevice::release`] must follow.
+    pub fn abandon(&mut self) {
+        self.lending.resume(false);
     }
 
     /// Answers accesses that it would refuse, see [`ServedDevice::answers_all_accesses`].
@@ -184,6 +205,12 @@ impl ExportedDevice {
         registered.map_or_else(Arc::default, |registered| registered.leftover().clone())
     }
 
+    /// Whether a process of a client that has gone has the device's own descriptor, or may have it. The flag follows the
+    /// device.
+    pub fn held(&self) -> Arc<AtomicBool> {
+        self.lending.held()
+    }
+
     fn vfio_region(&self, index: u32) -> Result<&RegionInfo, i32> {
         let region = self.regions.get(&index).ok_or(libc::EINVAL)?;
         Ok(&region.vfio)
@@ -222,7 +249,15 @@ impl ServedDevice for ExportedDevice {
         self.answers_all_accesses
     }
 
-    fn negotiate(&mut self, _client: &Version, _answer: &mut Capabilities) {
+    fn negotiate(&mut self, _client: &Version, _answer: &mut Capabilities) -> Result<(), String> {
+        if self.lending.is_refusing() {
+            // The process that had the descriptor may have closed it.
+            self.release();
+            if self.lending.is_refusing() {
+                self.is_refused = true;
+                return Err("a process of a former client may have the device's descriptor".into());
+            }
+        }
         self.has_changed = true;
         if let Some(registered) = &self.registered
             && registered.take()
@@ -232,6 +267,13 @@ impl ServedDevice for ExportedDevice {
                 self.name
             );
         }
+        if self.lending.is_lent() {
+            warn_limited!(
+                "{}: the client gets a device whose descriptor a process of a former client may have",
+                self.name
+            );
+        }
+        Ok(())
     }
 
     fn info(&self) -> DeviceSummary {
@@ -250,9 +292,29 @@ impl ServedDevice for ExportedDevice {
         Some(region.map_or(ABSENT, |region| &region.served))
     }
 
-    fn region_file(&self, index: u32) -> Option<OwnedFd> {
+    fn region_file(&mut self, index: u32) -> Option<RegionFile> {
         let region = self.regions.get(&index)?;
-        self.device.region_file(index, &region.vfio)
+        // A file of the region alone is less than the whole device.
+        if let Some(file) = self.device.region_file(index, &region.vfio) {
+            return Some(RegionFile { file, offset: 0 });
+        }
+        if !self.lending.is_allowed() {
+            return None;
+        }
+        match self.device.device_file() {
+            Ok(file) => {
+                self.has_changed |= self.lending.lend();
+                Some(RegionFile {
+                    file,
+                    offset: region.vfio.offset,
+                })
+            }
+            Err(cause) => {
+                let name = &self.name;
+                warn_limited!("{name}: the client cannot map region {index}: {cause}");
+                None
+            }
+        }
     }
 
     fn irq(&self, index: u32) -> Option<IrqKind> {
@@ -297,6 +359,7 @@ impl ServedDevice for ExportedDevice {
         let record = ExportRecord {
             irqs: self.irqs.record(),
             windows: self.windows.record(),
+            lent: self.lending.is_lent(),
         };
         let fixed = record.irqs.fixed.iter();
         Some(DeviceRecord {
@@ -333,6 +396,7 @@ impl ServedDevice for ExportedDevice {
         let record: ExportRecord = serde_json::from_slice(record).map_err(io::Error::other)?;
         let windows = ClientWindows::resumed(&record.windows);
         self.windows = windows.ok_or_else(|| io::Error::other("its windows overlap"))?;
+        self.lending.resume(record.lent);
         self.irqs = ExportedIrqs::resumed(&record.irqs, &self.kinds, files)?;
         self.reserve();
         Ok(())
@@ -340,16 +404,17 @@ impl ServedDevice for ExportedDevice {
 
     /// Disables the device's interrupts. Clears the enable bits of its command register, so that it does no
     /// DMA and answers no access until the next client sets these bits.
-    /// Resets the device if it can be reset, alone or with its bus.
+    /// Resets the device if it can be reset, alone or with its bus. Makes sure that no other process has it.
     fn release(&mut self) {
-        self.windows = ClientWindows::default();
-        self.irqs.release(&*self.device, &self.name);
-        if let Err(cause) = self.silence() {
-            warn_limited!(
-                "{}: cannot stop the device's DMA after its client has gone: {cause}",
-                self.name
-            );
+        if std::mem::take(&mut self.is_refused) {
+            return;
         }
+        self.windows = ClientWindows::default();
+        if self.lending.is_lent() {
+            self.irqs.use_all(&self.kinds);
+        }
+        self.irqs.release(&*self.device, &self.name);
+        self.silence_after_client();
         let reset = self.reset_device();
         if let Err(errno) = reset
             && errno != libc::ENOTTY
@@ -360,11 +425,27 @@ impl ServedDevice for ExportedDevice {
                 self.name
             );
         }
+        if self.lending.is_lent() {
+            if let Some(held) = self.lending.take_back(self.registered.as_ref()) {
+                warn_limited!("{}: {held}", self.name);
+            }
+            // VFIO switches the memory of a device on when it opens the device.
+            self.silence_after_client();
+        }
         self.finish_release(reset.is_ok());
     }
 }
 
 impl ExportedDevice {
+    fn silence_after_client(&self) {
+        if let Err(cause) = self.silence() {
+            warn_limited!(
+                "{}: cannot stop the device's DMA after its client has gone: {cause}",
+                self.name
+            );
+        }
+    }
+
     /// Makes a hot reset where it is needed and possible, and logs what the next client gets.
     fn finish_release(&self, is_reset: bool) {
         let outcome = match &self.registered {

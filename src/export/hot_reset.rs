@@ -25,7 +25,7 @@ pub struct HotResetRegistry(Arc<Mutex<ResetRegistry>>);
 #[derive(Default)]
 struct ResetRegistry {
     devices: BTreeMap<HostFunction, Registered>,
-    /// `None` until a device is registered whose bus can be reset.
+    /// `None` until a device is registered whose bus can be reset, or that can be closed and opened again.
     thread: Option<ResetThread>,
 }
 
@@ -184,8 +184,9 @@ impl HotResetRegistry {
             leftover: leftover.clone(),
             kept: None,
         };
+        let has_resets = scope.is_some() || registered.bus.group().is_some();
         let mut registry = self.0.lock();
-        if scope.is_some() && registry.thread.is_none() {
+        if has_resets && registry.thread.is_none() {
             registry.thread = Some(ResetThread::start()?);
         }
         registry.devices.insert(function, registered);
@@ -255,6 +256,34 @@ impl RegisteredDevice {
         // The other devices of the bus have logged their own state.
         if is_stale { outcome } else { Release::Reset }
     }
+
+    /// Closes the device, whose client has gone, and opens it again. If no other process has it open, VFIO ends all that was
+    /// set up through its descriptors: interrupts, DMA buffers, events that write registers. Waits up to two seconds for
+    /// other processes, without holding up other devices longer than that.
+    pub(super) fn take_back(&self) -> Takeback {
+        let mut registry = self.registry.0.lock();
+        let ResetRegistry { devices, thread } = &mut *registry;
+        let own = devices.get(&self.function);
+        let can_reopen = own.is_some_and(|own| own.bus.group().is_some());
+        let Some(thread) = thread.as_ref().filter(|_| can_reopen) else {
+            return Takeback::Impossible;
+        };
+        match reopen_bus(devices, &BTreeSet::from([self.function]), thread) {
+            Ok(()) => Takeback::Done,
+            Err(cause) => Takeback::Failed(cause),
+        }
+    }
+}
+
+/// Whether a device could be taken back from the processes to which a client may have given it.
+#[derive(Debug)]
+pub(super) enum Takeback {
+    /// This process has closed the device, no other process had it open, and this process has opened it again.
+    Done,
+    /// Another process has it open, or the device could not be closed or opened.
+    Failed(io::Error),
+    /// A device without an open group cannot be opened again.
+    Impossible,
 }
 
 /// Resets the bus of the device `own`, if one of its devices needs it and none has a client.
@@ -315,7 +344,7 @@ fn reset_bus(
     Release::Reset
 }
 
-/// Closes the devices of a bus and opens them again. If this process dies meanwhile, the next one opens them anew.
+/// Closes these devices of a bus and opens them again. If this process dies meanwhile, the next one opens them anew.
 fn reopen_bus(
     devices: &mut BTreeMap<HostFunction, Registered>,
     bus: &BTreeSet<HostFunction>,

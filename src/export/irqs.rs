@@ -146,6 +146,12 @@ impl ExportedIrqs {
         })
     }
 
+    /// The client may have enabled any of `kinds` without the daemon.
+    pub(super) fn use_all(&mut self, kinds: &[IrqKind]) {
+        let present = (0u32..).zip(kinds).filter(|(_, kind)| kind.count > 0);
+        self.used.extend(present.map(|(index, _)| index));
+    }
+
     /// Disables all interrupts that the client may have enabled.
     pub(super) fn release(&mut self, device: &dyn DeviceAccess, name: &str) {
         self.kept.clear();

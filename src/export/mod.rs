@@ -14,6 +14,7 @@
 mod device;
 mod hot_reset;
 mod irqs;
+mod lending;
 mod reset_thread;
 
 use std::io;

@@ -218,6 +218,13 @@ pub trait DeviceAccess: Send {
     /// `None` if the kernel has no such file.
     fn region_file(&self, index: u32, region: &RegionInfo) -> Option<OwnedFd>;
 
+    /// A further descriptor of the open device, in which each region begins at its [`RegionInfo::offset`]. It gives whoever
+    /// has it all of the device: `docs/export.md` lists its ioctls.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    fn device_file(&self) -> io::Result<OwnedFd>;
+
     /// `VFIO_DEVICE_RESET`.
     ///
     /// # Errors
@@ -301,6 +308,10 @@ impl DeviceAccess for Cdev {
         ioctl::if_mappable(buffer).ok()
     }
 
+    fn device_file(&self) -> io::Result<OwnedFd> {
+        self.as_fd().try_clone_to_owned()
+    }
+
     fn reset(&self) -> io::Result<()> {
         ioctl::reset(self.as_fd())
     }
@@ -342,7 +353,7 @@ impl BusReset for Cdev {
     }
 
     fn duplicate(&self) -> io::Result<OwnedFd> {
-        self.as_fd().try_clone_to_owned()
+        self.device_file()
     }
 
     fn close(&self) -> io::Result<()> {

@@ -11,7 +11,7 @@ use crate::bed::{Bed, exchange};
 
 const PREFIX: &str = "vhost_device_iommu_";
 /// Metrics of exported devices, which need a device of the host.
-const OF_EXPORTS: [&str; 2] = ["export_up", "export_leftover_state"];
+const OF_EXPORTS: [&str; 3] = ["export_up", "export_leftover_state", "export_held"];
 /// Metrics of a daemon that has taken the state of another one over.
 const OF_TAKE_OVERS: [&str; 1] = ["life_resumed_seconds"];
 /// Labels whose values a daemon without trouble or devices does not show.

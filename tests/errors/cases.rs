@@ -778,6 +778,16 @@ pub const CASES: &[Case] = &[
         File("[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nallow-no-snoop = true"),
     ),
     case(
+        "ProblemKind::Registers",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = 'e'\nregisters = 'direct'",
+        ),
+    ),
+    case(
+        "ProblemKind::RegistersWithoutExport",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nregisters = 'mapped'"),
+    ),
+    case(
         "ProblemKind::ExportPath",
         File("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = 's'"),
     ),

@@ -17,7 +17,7 @@ const IRQ_INFO: u16 = 7;
 const REGION_IO_FDS: u16 = 6;
 const WRITE_MULTI: u16 = 15;
 
-fn region_info(client: &mut Connection, index: u32, argsz: u32) -> Msg {
+pub fn region_info(client: &mut Connection, index: u32, argsz: u32) -> Msg {
     let words = [argsz, 0, index, 0, 0, 0, 0, 0];
     let body: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
     client.call(REGION_INFO, &body, &[])

@@ -159,6 +159,15 @@ fn errno(error: i32) -> io::Error {
     io::Error::from_raw_os_error(error)
 }
 
+/// Where a region begins in the device's file.
+pub fn offset_of(index: u32) -> u64 {
+    u64::from(index + 1) << 40
+}
+
+fn index_of(region: &RegionInfo) -> usize {
+    (region.offset >> 40) as usize - 1
+}
+
 /// The capabilities of a region as the kernel gives them: one area that may be mapped, and MSIX_MAPPABLE.
 fn mapping_capabilities() -> Vec<Capability> {
     let mut sparse = [1u32.to_ne_bytes(), [0; 4]].concat();
@@ -207,7 +216,7 @@ impl DeviceAccess for RecordingDevice {
         Ok(RegionInfo {
             flags,
             size: size as u64,
-            offset: u64::from(index) << 40,
+            offset: offset_of(index),
             capabilities,
         })
     }
@@ -268,14 +277,14 @@ impl DeviceAccess for RecordingDevice {
     fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize> {
         let state = self.access()?;
         let at = at as usize;
-        into.copy_from_slice(&state.bytes[(region.offset >> 40) as usize][at..at + into.len()]);
+        into.copy_from_slice(&state.bytes[index_of(region)][at..at + into.len()]);
         Ok(into.len())
     }
 
     fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize> {
         let mut state = self.access()?;
         let at = at as usize;
-        state.bytes[(region.offset >> 40) as usize][at..at + from.len()].copy_from_slice(from);
+        state.bytes[index_of(region)][at..at + from.len()].copy_from_slice(from);
         Ok(from.len())
     }
 
@@ -286,6 +295,11 @@ impl DeviceAccess for RecordingDevice {
         );
         let state = self.state();
         Some(state.file.as_ref()?.try_clone().expect("cloned").into())
+    }
+
+    /// The other processes that have it keep the device open.
+    fn device_file(&self) -> io::Result<OwnedFd> {
+        self.duplicate()
     }
 
     fn reset(&self) -> io::Result<()> {

@@ -20,5 +20,6 @@ mod connection;
 mod hostile;
 mod inspected;
 mod interrupts;
+mod mapped;
 mod resets;
 mod restarts;

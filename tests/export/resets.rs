@@ -29,7 +29,7 @@ fn affected(number: u8) -> AffectedDevice {
 }
 
 /// A function that the kernel names by its group, as for devices without iommufd.
-fn in_group(number: u8, group: u32) -> AffectedDevice {
+pub fn in_group(number: u8, group: u32) -> AffectedDevice {
     AffectedDevice {
         group: Some(group),
         ..affected(number)

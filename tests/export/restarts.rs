@@ -99,7 +99,8 @@ fn a_device_goes_on_with_its_interrupts_and_windows() {
     let mut first = DeviceLife::new(&hardware);
     first
         .device
-        .negotiate(&Version::default(), &mut Capabilities::default());
+        .negotiate(&Version::default(), &mut Capabilities::default())
+        .expect("taken");
     // The kernel fixes the number of MSIs with the first request.
     first.set_events(MSI, 0, 2);
     assert_eq!(first.map(0x1000), Ok(()));
@@ -173,7 +174,8 @@ fn each_change_makes_a_record() {
     let mut life = DeviceLife::new(&RecordingDevice::new());
     assert!(life.device.take_record().is_none());
     let (client, mut answer) = (Version::default(), Capabilities::default());
-    life.device.negotiate(&client, &mut answer);
+    let taken = life.device.negotiate(&client, &mut answer);
+    assert_eq!(taken, Ok(()));
     assert!(life.device.take_record().is_some(), "a client");
     assert_eq!(life.map(0x1000), Ok(()));
     assert!(life.device.take_record().is_some(), "a window more");
@@ -227,7 +229,8 @@ fn a_device_that_goes_on_is_not_reset_with_its_bus() {
     let mut first = DeviceLife::new(&hardware);
     first
         .device
-        .negotiate(&Version::default(), &mut Capabilities::default());
+        .negotiate(&Version::default(), &mut Capabilities::default())
+        .expect("taken");
     let (record, files) = first.die();
     let registry = HotResetRegistry::default();
     let bus = [0, 1].map(|devfn| AffectedDevice {
@@ -248,7 +251,8 @@ fn a_device_that_goes_on_is_not_reset_with_its_bus() {
     let other = RecordingDevice::new();
     let mut mate = on_bus(&other, 1);
     resumed.resume(&record.bytes, &files).expect("resumed");
-    mate.negotiate(&Version::default(), &mut Capabilities::default());
+    let taken = mate.negotiate(&Version::default(), &mut Capabilities::default());
+    assert_eq!(taken, Ok(()));
     mate.release();
     let resets = || hardware.state().hot_resets + other.state().hot_resets;
     assert_eq!(resets(), 0, "a client has the other device");

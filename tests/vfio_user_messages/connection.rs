@@ -233,7 +233,7 @@ impl Connection {
             let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let into = &mut [IoSliceMut::new(buffer)];
-            let n = match recvmsg(&self.stream, into, &mut control, RecvFlags::empty()) {
+            let n = match recvmsg(&self.stream, into, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Ok(received) => received.bytes,
                 Err(rustix::io::Errno::CONNRESET) => 0,
                 // The process was stopped, and goes on. The socket has a timeout, so the kernel does not repeat the call.

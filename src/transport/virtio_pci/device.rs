@@ -204,7 +204,7 @@ impl ServedDevice for VirtioPciDevice {
         "the VMM"
     }
 
-    fn negotiate(&mut self, _client: &Version, answer: &mut Capabilities) {
+    fn negotiate(&mut self, _client: &Version, answer: &mut Capabilities) -> Result<(), String> {
         answer.max_msg_fds = Some(MAX_FDS);
         self.changes.any = true;
         self.is_connected = true;
@@ -214,6 +214,7 @@ impl ServedDevice for VirtioPciDevice {
         self.device.announce_vmm();
         self.restart_trapped_bar();
         (self.vmm_present)(true);
+        Ok(())
     }
 
     fn info(&self) -> DeviceSummary {

@@ -28,8 +28,12 @@ pub trait ServedDevice {
 
     /// VERSION: a client with the capabilities of `client` has connected. `answer` has the
     /// server's own capabilities; the device may lower their limits to its own.
-    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) {
+    ///
+    /// # Errors
+    /// Why the device takes no client now, and the cure. The server cuts the client off.
+    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) -> Result<(), String> {
         let _ = (client, answer);
+        Ok(())
     }
 
     /// DEVICE_GET_INFO: the kind of the device, and how many regions and kinds of interrupts it has.
@@ -40,9 +44,9 @@ pub trait ServedDevice {
     fn region(&self, index: u32) -> Option<&ServedRegion>;
 
     /// DEVICE_GET_REGION_INFO: the file that the client may map instead of sending accesses to
-    /// region `index`, which has [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP). The region
-    /// must begin at offset 0 of the file.
-    fn region_file(&self, index: u32) -> Option<OwnedFd> {
+    /// region `index`, which has [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP). The server calls
+    /// it also if the client has no room for the whole description, and then closes the file.
+    fn region_file(&mut self, index: u32) -> Option<RegionFile> {
         let _ = index;
         None
     }
@@ -189,6 +193,15 @@ pub struct ServedRegion {
     /// The server passes on the region's type, and the capabilities that concern mapping if there is
     /// a file to map. It omits all others, because it does not implement them.
     pub capabilities: Vec<RegionCapability>,
+}
+
+/// The file that a client may map to reach a region.
+#[derive(Debug)]
+pub struct RegionFile {
+    /// The file.
+    pub file: OwnedFd,
+    /// The region's first byte in the file. The client adds the offsets of areas within the region to it.
+    pub offset: u64,
 }
 
 /// A capability of a region.

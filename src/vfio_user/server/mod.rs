@@ -32,7 +32,7 @@ pub use self::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
 pub use self::descriptors::{ClientEvent, DescriptorKeeping};
 pub use self::device::{
     ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData,
-    RegionCapability, ServedDevice, ServedRegion,
+    RegionCapability, RegionFile, ServedDevice, ServedRegion,
 };
 pub use self::kept::{ClientKeeping, VERSION as RECORD_VERSION};
 pub use self::listen::{DeviceServer, ServerStatus};

@@ -20,13 +20,13 @@ const CAP_HEADER: usize = 8;
 /// # Errors
 /// `EINVAL`: there is no such region.
 pub(super) fn region_info(
-    device: &dyn ServedDevice,
+    device: &mut dyn ServedDevice,
     request: &RegionInfoBody,
 ) -> Result<(Vec<u8>, Option<OwnedFd>), i32> {
     let index = request.index.get();
-    let region = device.region(index).ok_or(libc::EINVAL)?;
-    let may_map = region.flags & REGION_MMAP != 0;
+    let may_map = device.region(index).ok_or(libc::EINVAL)?.flags & REGION_MMAP != 0;
     let file = may_map.then(|| device.region_file(index)).flatten();
+    let region = device.region(index).ok_or(libc::EINVAL)?;
     let mut flags = region.flags & (REGION_READ | REGION_WRITE);
     if file.is_some() {
         flags |= REGION_MMAP;
@@ -49,13 +49,14 @@ pub(super) fn region_info(
         index: index.into(),
         cap_offset: cap_offset.into(),
         size: region.size.into(),
-        offset: 0.into(),
+        offset: file.as_ref().map_or(0, |file| file.offset).into(),
     };
     let mut body = head.as_bytes().to_vec();
     if has_room {
         body.extend(chain);
     }
-    Ok((body, file.filter(|_| has_room)))
+    let file = file.filter(|_| has_room).map(|region| region.file);
+    Ok((body, file))
 }
 
 /// Whether a client can use a capability: those that concern mapping only if there is a file to map.

@@ -31,6 +31,9 @@ pub enum ClientError {
     /// The client sent a command that only servers send.
     #[error("the client sent {0:?}, a command for servers to send")]
     ServerCommand(Command),
+    /// The device takes no client now.
+    #[error("{0}")]
+    Refused(String),
     /// A system call failed.
     #[error("{0}")]
     System(#[from] io::Error),
@@ -85,7 +88,8 @@ pub(super) fn respond(
         }
         let client = Version::decode(&message.body)?;
         let mut answer = client.server_answer()?;
-        device.negotiate(&client, &mut answer.capabilities);
+        let negotiated = device.negotiate(&client, &mut answer.capabilities);
+        negotiated.map_err(ClientError::Refused)?;
         let most = u64::from(max_data);
         let data = &mut answer.capabilities.max_data_xfer_size;
         *data = Some(data.map_or(most, |data| data.min(most)));

@@ -76,8 +76,10 @@ impl Bed {
     }
 
     fn connect(&mut self) {
-        self.pci
+        let taken = self
+            .pci
             .negotiate(&Version::default(), &mut Capabilities::default());
+        assert_eq!(taken, Ok(()));
         self.map(0, RAM_BYTES, Some(ram(RAM_BYTES)))
             .expect("mapped");
         self.set_bus_master(true);

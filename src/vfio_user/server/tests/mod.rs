@@ -73,10 +73,11 @@ impl ServedDevice for RecordingRegisters {
         "registers"
     }
 
-    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) {
+    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) -> Result<(), String> {
         let fds = client.capabilities.max_msg_fds;
         self.calls.push(format!("negotiate {fds:?}"));
         answer.max_msg_fds = Some(5);
+        Ok(())
     }
 
     fn info(&self) -> DeviceSummary {

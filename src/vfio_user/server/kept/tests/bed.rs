@@ -81,8 +81,9 @@ impl ServedDevice for Adder {
         "adder"
     }
 
-    fn negotiate(&mut self, _: &Version, _: &mut Capabilities) {
+    fn negotiate(&mut self, _: &Version, _: &mut Capabilities) -> Result<(), String> {
         self.has_changed = true;
+        Ok(())
     }
 
     fn info(&self) -> DeviceSummary {
