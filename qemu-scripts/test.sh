@@ -112,7 +112,7 @@ suite_guest() {
 }
 
 # The modules of the test program passthrough that test vfio-user and belong to the suite emulated.
-VFIO_USER_TESTS="export:: mixed:: virtual_functions::"
+VFIO_USER_TESTS="export:: export_mapped:: mixed:: virtual_functions::"
 # Tests that the machine with VT-d leaves out; README.md gives the reason.
 NOT_ON_VTD="export::a_stock_guest"
 # The tests for the machine whose VT-d has no snoop control.
