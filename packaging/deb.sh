@@ -121,7 +121,7 @@ put 755 "$binary" usr/bin/$NAME
 "$strip" --strip-unneeded "$root/usr/bin/$NAME"
 put 644 "$PACKAGING/systemd/$NAME@.service" usr/lib/systemd/system/$NAME@.service
 put 644 "$PACKAGING/systemd/$NAME@.socket" usr/lib/systemd/system/$NAME@.socket
-put 644 "$PACKAGING/systemd/$NAME-adopt.socket" usr/lib/systemd/system/$NAME-adopt.socket
+put 644 "$PACKAGING/systemd/$NAME-adopt@.socket" "usr/lib/systemd/system/$NAME-adopt@.socket"
 put 644 "$PACKAGING/systemd/$NAME-adopt@.service" "usr/lib/systemd/system/$NAME-adopt@.service"
 put 644 "$PACKAGING/systemd/viommu.slice" usr/lib/systemd/system/viommu.slice
 put 755 "$PACKAGING/systemd/$NAME-generator" usr/lib/systemd/system-generators/$NAME-generator

@@ -328,15 +328,15 @@ pub enum CliCommand {
     /// Hand the open VFIO devices of a VMM to the daemon of its VM
     ///
     /// For `vfio-from = "vmm"`: the daemon sends its VMM's connection, and gets the VMM's open files of /dev/iommu and of the
-    /// devices that the VM's file names. Needs CAP_SYS_PTRACE, and gives up all other capabilities. Without options, it
-    /// serves one connection that systemd passes (vhost-device-iommu-adopt.socket), and the service of the daemon
-    /// decides which file in /etc/vhost-device-iommu is its VM's.
+    /// devices that the VM's file names. Needs CAP_SYS_PTRACE, and gives up all other capabilities. Without a path, it
+    /// serves one connection at the socket that systemd passes (vhost-device-iommu-adopt@NAME.socket), and only the service
+    /// vhost-device-iommu@NAME of the file NAME.toml.
     Adopt {
-        /// Serve whoever may connect to the socket, as the daemon of this configuration
-        #[arg(long, value_name = "FILE", requires = "socket_path")]
-        config: Option<PathBuf>,
-        /// Create the socket at this path, for this process's user [default: what systemd passes]
-        #[arg(long, value_name = "PATH", requires = "config")]
+        /// The configuration of the VM
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Create the socket at this path, for this process's user, and serve whoever may connect to it
+        #[arg(long, value_name = "PATH")]
         socket_path: Option<PathBuf>,
         /// Let the users of the group with this number connect, too
         #[arg(long, value_name = "GID", requires = "socket_path")]

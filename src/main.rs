@@ -4,15 +4,15 @@ use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use vhost_device_iommu::adopt::Policy;
 use vhost_device_iommu::adopt::server::{self, confine};
-use vhost_device_iommu::adopt::{CONFIG_FOLDER, Policy};
 use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs, VmmChoice};
 use vhost_device_iommu::config::{Config, Machine};
 use vhost_device_iommu::ctl;
@@ -121,7 +121,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             config,
             socket_path,
             socket_group,
-        }) => adopt(config.as_deref(), socket_path.as_deref(), *socket_group),
+        }) => adopt(config, socket_path.as_deref(), *socket_group),
         Some(CliCommand::Upgrade {
             file,
             control,
@@ -227,10 +227,10 @@ fn launch(
     Ok(ExitCode::from(launch.run()?))
 }
 
-/// Hands the open VFIO devices of VMMs to their daemons.
-fn adopt(config: Option<&Path>, socket_path: Option<&Path>, group: Option<u32>) -> Outcome {
+/// Hands the open VFIO devices of a VMM to its daemon.
+fn adopt(config: &Path, socket_path: Option<&Path>, group: Option<u32>) -> Outcome {
     let root = HostRoot::default();
-    if let (Some(config), Some(path)) = (config, socket_path) {
+    if let Some(path) = socket_path {
         let rights = SocketRights {
             mode: Some(if group.is_some() { 0o660 } else { 0o600 }),
             group,
@@ -243,12 +243,12 @@ fn adopt(config: Option<&Path>, socket_path: Option<&Path>, group: Option<u32>) 
     // First: a file that is opened earlier could get the number of a descriptor that is not there.
     let passed = Service::from_environment()?.socket();
     let passed = passed.ok_or(
-        "no connection is passed; let vhost-device-iommu-adopt.socket start the helper, or give --config and --socket-path",
+        "no socket is passed; let vhost-device-iommu-adopt@NAME.socket start the helper, or give --socket-path",
     )?;
-    let connection = UnixStream::from(inherited::adopt(passed)?);
+    let listener = UnixListener::from(inherited::adopt(passed)?);
     confine()?;
-    let policy = Policy::Services(CONFIG_FOLDER.into());
-    Ok(server::serve_connection(&connection, &policy, &root)?)
+    let policy = Policy::OneService(config.to_owned());
+    Ok(server::serve_next(&listener, &policy, &root)?)
 }
 
 /// Queries a running daemon and prints its answer.

@@ -97,8 +97,8 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand la
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand upgrade" -l control -d 'The control socket of the daemon, if it is not `control` of the file' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand upgrade" -l no-wait -d 'Do not wait for the next daemon. For ExecReload= of a unit, because systemd starts the next daemon only when this command has ended'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand upgrade" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -l config -d 'Serve whoever may connect to the socket, as the daemon of this configuration' -r -F
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -l socket-path -d 'Create the socket at this path, for this process\'s user [default: what systemd passes]' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -l config -d 'The configuration of the VM' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -l socket-path -d 'Create the socket at this path, for this process\'s user, and serve whoever may connect to it' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -l socket-group -d 'Let the users of the group with this number connect, too' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand adopt" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -l json -d 'Print JSON'

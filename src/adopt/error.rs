@@ -11,12 +11,17 @@ use crate::topology::HostAddress;
 /// Why the helper refuses a daemon.
 #[derive(Debug, Error)]
 pub enum AdoptError {
-    /// The process that asks is not the daemon of a service.
+    /// The process that asks is not the daemon of this VM's service.
     #[error(
-        "the process that asks is in the control group {0:?}, which is no service vhost-device-iommu@NAME.service of this \
-         host; start the daemon with `systemctl start`, or a helper of its own with `vhost-device-iommu adopt --config FILE`"
+        "the process that asks is in the control group {group:?}, which is not that of {service}; start the daemon with \
+         `systemctl start {service}`, or a helper for it with `vhost-device-iommu adopt --config FILE --socket-path PATH`"
     )]
-    Stranger(String),
+    Stranger {
+        /// The control group.
+        group: String,
+        /// The service of this VM's daemon.
+        service: String,
+    },
     /// The VM's file cannot be used.
     #[error("the file of the daemon's VM cannot be used: {0}")]
     File(#[from] ConfigError),

@@ -32,5 +32,3 @@ pub use policy::Policy;
 
 /// The most devices that a daemon can ask for at once.
 pub const MAX_DEVICES: usize = 64;
-/// The folder with the files of all VMs, each with the name of its service's instance.
-pub const CONFIG_FOLDER: &str = "/etc/vhost-device-iommu";

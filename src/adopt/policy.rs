@@ -19,8 +19,8 @@ const SERVICE: &str = "vhost-device-iommu@";
 pub enum Policy {
     /// Whoever may connect to the helper's socket is the daemon of this file.
     OneFile(PathBuf),
-    /// The instance of the daemon's service names the file in this folder.
-    Services(PathBuf),
+    /// The daemon of this file is the service whose instance has the name of the file.
+    OneService(PathBuf),
 }
 
 impl Policy {
@@ -28,12 +28,14 @@ impl Policy {
     pub(super) fn file(&self, asker: &PeerProcess) -> Result<PathBuf, AdoptError> {
         match self {
             Self::OneFile(file) => Ok(file.clone()),
-            Self::Services(folder) => {
+            Self::OneService(file) => {
                 let group = asker.control_group()?;
-                match instance_of(&group) {
-                    Some(name) => Ok(folder.join(format!("{name}.toml"))),
-                    None => Err(AdoptError::Stranger(group)),
+                let vm = file.file_stem().unwrap_or_default().to_string_lossy();
+                if instance_of(&group) != Some(&*vm) {
+                    let service = format!("{SERVICE}{vm}.service");
+                    return Err(AdoptError::Stranger { group, service });
                 }
+                Ok(file.clone())
             }
         }
     }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::message::{answer, receive_request};
@@ -57,6 +58,33 @@ pub fn serve(listener: &UnixListener, policy: &Policy, root: &HostRoot) {
             Err(_) => std::thread::sleep(BACK_OFF),
         }
     }
+}
+
+/// Serves the next daemon that connects to `listener`, if one does within a moment. For a service manager that starts a process
+/// for each.
+///
+/// # Errors
+/// As [`serve_connection`]; or no connection can be accepted.
+pub fn serve_next(
+    listener: &UnixListener,
+    policy: &Policy,
+    root: &HostRoot,
+) -> Result<(), AdoptError> {
+    let failed = |source| AdoptError::System {
+        step: "accept a connection",
+        source,
+    };
+    let patience = Timespec {
+        tv_sec: i64::try_from(PATIENCE.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: 0,
+    };
+    let mut events = [PollFd::new(listener, PollFlags::IN)];
+    let count = poll(&mut events, Some(&patience)).map_err(|cause| failed(cause.into()))?;
+    if count == 0 {
+        return Ok(());
+    }
+    let (daemon, _) = listener.accept().map_err(failed)?;
+    serve_connection(&daemon, policy, root)
 }
 
 /// Serves one request of the daemon at the other end of `daemon`.

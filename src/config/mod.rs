@@ -54,6 +54,7 @@ pub use kind::{ConfiguredDevice, DeviceKind};
 pub use machine::Machine;
 pub use named::NamedDevice;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
+pub(crate) use passthrough::default_helper;
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin, VfioFrom};
 pub use readers::Readers;
 pub use shadow::ShadowListener;

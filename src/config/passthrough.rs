@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::VmmTransport;
 use super::checker::Checker;
@@ -104,8 +104,14 @@ pub enum VfioFrom {
     Vmm,
 }
 
-/// The helper's socket, unless the configuration names another one.
-pub(super) const DEFAULT_HELPER: &str = "/run/vhost-device-iommu/adopt.sock";
+/// The folder with the sockets of the helpers, unless the configuration names another socket.
+const HELPERS: &str = "/run/vhost-device-iommu-adopt";
+
+/// The socket of the helper for the VM of `file`. The instance of the VM's services has the name of the file.
+pub(crate) fn default_helper(file: &Path) -> PathBuf {
+    let vm = file.file_stem().unwrap_or_default();
+    Path::new(HELPERS).join(vm).join("adopt.sock")
+}
 
 /// Inherited descriptors of the host's IOMMU and devices. The daemon opens the missing ones by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -180,7 +186,10 @@ impl Checker<'_> {
     pub(super) fn vfio_helper(&mut self, draft: &Draft) -> Option<PathBuf> {
         match &draft.vfio_helper {
             Some(_) => self.socket_path(draft.vfio_helper.as_ref(), "vfio-helper"),
-            None => Some(DEFAULT_HELPER.into()),
+            None => {
+                let file = self.source.map(|source| source.path);
+                Some(default_helper(file.unwrap_or(Path::new(""))))
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::config::Config;
+use crate::config::{Config, default_helper};
 use crate::endpoints::kind::Resources;
 use crate::endpoints::kinds;
 use crate::process::keeper::MAX_KEPT;
@@ -63,6 +63,7 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         format!("TasksMax={}", BASE_TASKS + 2 * devices),
     ];
     let mut text = lines.join("\n") + "\n";
+    let mut helper = String::new();
     text.extend(granted.iter().map(|kind| kind.directives.as_str()));
     if !config.devices.passthrough.is_empty() {
         let seconds = config.start_limit().saturating_add(START_MARGIN).as_secs();
@@ -92,13 +93,22 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         let folder = folder.replace('%', "%%");
         let _ = writeln!(text, "ReadWritePaths=\"-{folder}\"");
     }
+    if config.takes_vmm_files() && config.vfio_helper == default_helper(file) {
+        let vm = file.file_stem().unwrap_or_default().to_string_lossy();
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if vm.chars().all(is_plain) {
+            let socket = format!("vhost-device-iommu-adopt@{vm}.socket");
+            // After it: its folder must be there when the daemon gets its own view of the files.
+            helper = format!("[Unit]\nWants={socket}\nAfter={socket}\n");
+        }
+    }
     if !config.readers.users.is_empty() {
         // The daemon must identify readers of other users, and kill one that holds up the guest.
         text.push_str(
             "PrivateUsers=no\nCapabilityBoundingSet=CAP_KILL\nAmbientCapabilities=CAP_KILL\n",
         );
     }
-    text
+    text + &helper
 }
 
 /// A path in one line, whatever its characters.
@@ -139,6 +149,29 @@ mod tests {
                 "TasksMax=32",
             ]
         );
+    }
+
+    #[test]
+    fn the_socket_of_the_helper_is_started_for_devices_of_the_vmm() {
+        let unit = |keys: &str| {
+            let device = "[[endpoint]]\naddress = \"00:10.0\"\nvfio = \"0000:65:00.0\"\n";
+            let lines = lines(&format!("address = \"00:05.0\"\n{keys}{device}"));
+            let at = lines.iter().position(|line| line == "[Unit]");
+            at.map(|at| lines[at..].to_vec())
+        };
+        let socket = "vhost-device-iommu-adopt@vm1.socket";
+        let expected = [
+            "[Unit]".to_owned(),
+            format!("Wants={socket}"),
+            format!("After={socket}"),
+        ];
+        assert_eq!(
+            unit("vfio-from = \"vmm\"\n").as_deref(),
+            Some(&expected[..])
+        );
+        assert_eq!(unit(""), None);
+        let other = "vfio-from = \"vmm\"\nvfio-helper = \"/run/other.sock\"\n";
+        assert_eq!(unit(other), None, "somebody else starts that one");
     }
 
     #[test]

@@ -281,21 +281,24 @@ fn units_and_example_agree() {
 fn the_helper_has_one_right_and_the_socket_of_the_configuration() {
     let read =
         |name: &str| fs::read_to_string(tree("packaging/systemd").join(name)).expect("a unit");
-    let socket = read("vhost-device-iommu-adopt.socket");
+    let socket = read("vhost-device-iommu-adopt@.socket");
+    let daemon = read("vhost-device-iommu@.service");
     let service = read("vhost-device-iommu-adopt@.service");
-    let config = Config::from_text(Path::new("vm.toml"), "address = '00:05.0'\n");
+    let file = Path::new("/etc/vhost-device-iommu/%i.toml");
+    let config = Config::from_text(file, "address = '00:05.0'\n");
     let helper = config.expect("a configuration").vfio_helper;
     let lines = |unit: &str| unit.lines().map(str::to_owned).collect::<Vec<_>>();
     for line in [
         format!("ListenStream={}", helper.display()),
-        "Accept=yes".into(),
         "SocketMode=0600".into(),
         "SocketUser=vhost-device-iommu".into(),
     ] {
         assert!(lines(&socket).contains(&line), "{line}");
     }
     for line in [
-        "ExecStart=/usr/bin/vhost-device-iommu adopt",
+        "ExecStart=/usr/bin/vhost-device-iommu adopt --config /etc/vhost-device-iommu/%i.toml",
+        // The socket has a limit; with this one, too, the daemon could be refused earlier.
+        "StartLimitIntervalSec=0",
         "CapabilityBoundingSet=CAP_SYS_PTRACE",
         "AmbientCapabilities=CAP_SYS_PTRACE",
         "DynamicUser=yes",
@@ -308,6 +311,20 @@ fn the_helper_has_one_right_and_the_socket_of_the_configuration() {
     ] {
         assert!(lines(&service).contains(&line.to_owned()), "{line}");
     }
+    // Each daemon sees the folder of its own helper alone.
+    let folder = helper.parent().expect("a folder");
+    let all = folder.parent().expect("a folder").display();
+    for line in [
+        format!("TemporaryFileSystem={all}:ro"),
+        format!("BindReadOnlyPaths=-{}", folder.display()),
+    ] {
+        assert!(lines(&daemon).contains(&line), "{line}");
+    }
+    let folders = read("tmpfiles.conf");
+    assert!(
+        folders.contains(&format!("d {all} 0755 root root -")),
+        "{folders}"
+    );
 }
 
 /// The service manager keeps what the daemon leaves, and ends a loop of crashes.

@@ -191,6 +191,7 @@ fn options_override_the_file() {
     let config = flags(&format!("--config {path}")).expect("the file alone");
     let named = Config {
         name: config.name.clone(),
+        vfio_helper: config.vfio_helper.clone(),
         ..parse(GOOD).expect("good")
     };
     assert_eq!(config, named);

@@ -371,7 +371,7 @@ impl VmmDevices {
 pub(super) fn missing_helper(path: &Path, cause: impl fmt::Display) -> String {
     let path = path.display();
     format!(
-        "no helper answers at {path}: {cause}; start one with `systemctl enable --now vhost-device-iommu-adopt.socket`, or as root \
+        "no helper answers at {path}: {cause}; start one with `systemctl start vhost-device-iommu-adopt@NAME.socket`, or as root \
          with `vhost-device-iommu adopt --config FILE --socket-path {path}`, before the VM"
     )
 }

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::path::Path;
 
 use super::{Finding, device::node_finding, interrupts, kernel};
+use crate::config::default_helper;
 use crate::config::{Config, HostIommu, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 
@@ -67,19 +69,22 @@ fn helper(root: &HostRoot, config: &Config) -> Option<Finding> {
     if !config.takes_vmm_files() || root.path(below).exists() {
         return None;
     }
+    // The unit's socket has a folder with the name of the VM. The service of the daemon starts it.
+    let vm = path.parent().and_then(Path::file_name).unwrap_or_default();
+    let vm = vm.display().to_string();
+    let unit = root.path("usr/lib/systemd/system/vhost-device-iommu-adopt@.socket");
+    let is_default = *path == default_helper(Path::new(&format!("{vm}.toml")));
+    if is_default && unit.exists() {
+        return None;
+    }
     let path = path.display();
-    Some(
-        Finding::missing(
-            format!("no helper listens at {path}, which takes the devices over from the VMM"),
-            format!(
-                "start the one for all services, or one for this VM as root: vhost-device-iommu adopt --config FILE \
+    Some(Finding::missing(
+        format!("no helper listens at {path}, which takes the devices over from the VMM"),
+        format!(
+            "install the units of the package, or start a helper as root: vhost-device-iommu adopt --config FILE \
                  --socket-path {path}"
-            ),
-        )
-        .with_commands(vec![
-            "systemctl enable --now vhost-device-iommu-adopt.socket".to_owned(),
-        ]),
-    )
+        ),
+    ))
 }
 
 fn type1(root: &HostRoot) -> Option<Finding> {
@@ -335,11 +340,19 @@ mod tests {
         let host = FakeHost::new();
         let keys = "vfio-from = \"vmm\"";
         let finding = only(&host, keys);
-        assert_eq!(
-            finding.commands,
-            ["systemctl enable --now vhost-device-iommu-adopt.socket"]
+        let path = config(keys).vfio_helper;
+        let shown = path.display().to_string();
+        assert!(finding.problem.contains(&shown), "{}", finding.problem);
+        let path = path.strip_prefix("/").expect("absolute");
+        host.file(path.to_str().expect("text"), "");
+        assert_eq!(found(&host, keys), []);
+        host.remove(path.to_str().expect("text"));
+        assert_eq!(found(&host, keys).len(), 1);
+        // The service of the daemon starts the helper's socket.
+        host.file(
+            "usr/lib/systemd/system/vhost-device-iommu-adopt@.socket",
+            "",
         );
-        host.file("run/vhost-device-iommu/adopt.sock", "");
         assert_eq!(found(&host, keys), []);
         let keys = format!("{keys}\nvfio-helper = \"/run/other.sock\"");
         assert!(only(&host, &keys).problem.contains("/run/other.sock"));

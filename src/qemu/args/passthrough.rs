@@ -115,7 +115,7 @@ impl PassthroughArguments {
         if self.opens_nodes {
             return vec![format!(
                 "{vmm} must be able to open /dev/iommu and the devices' nodes; the daemon takes the open files over through its \
-                 helper (vhost-device-iommu-adopt.socket)"
+                 helper (vhost-device-iommu-adopt@.socket)"
             )];
         }
         let mut notes = vec![

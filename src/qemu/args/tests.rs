@@ -161,7 +161,10 @@ fn devices_that_the_vmm_opens_have_their_address_on_the_host() {
         ]
     );
     let notes = made.notes.join("\n");
-    assert!(notes.contains("vhost-device-iommu-adopt.socket"), "{notes}");
+    assert!(
+        notes.contains("vhost-device-iommu-adopt@.socket"),
+        "{notes}"
+    );
     assert!(
         !notes.contains("exec ") && !notes.contains("-fd "),
         "{notes}"
