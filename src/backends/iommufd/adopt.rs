@@ -61,6 +61,7 @@ impl Iommufd {
         let wanted = wanted_domains(adoption.endpoints);
         self.adopt_spaces(adoption, &wanted);
         self.end_requests_in_progress(adoption);
+        let misplaced = self.misplaced_groups(adoption);
         if !self.spaces.adopting {
             self.spaces.make_bypass_if_pinned();
         }
@@ -84,7 +85,12 @@ impl Iommufd {
             }
         }
         for index in 0..self.groups.len() {
-            if let Err(cause) = self.attach_adopted(index) {
+            let attached = if misplaced.contains(&index) {
+                Err(self.lost_files(index))
+            } else {
+                self.attach_adopted(index)
+            };
+            if let Err(cause) = attached {
                 self.groups[index].block();
                 let endpoints = self.groups[index].endpoints();
                 failed.extend(endpoints.map(|endpoint| (endpoint, cause.clone())));
@@ -116,6 +122,22 @@ impl Iommufd {
                 }
             }
         }
+    }
+
+    /// The groups that [have lost their files](Self::has_lost_files), and that may be elsewhere than in the address space of
+    /// their target. The address spaces that are not taken over get emptied.
+    fn misplaced_groups(&self, adoption: &Adoption<'_>) -> BTreeSet<usize> {
+        let targets = adoption.endpoints.iter();
+        let misplaced = targets.filter(|(endpoint, target)| {
+            let is_there = match target {
+                Target::Domain(domain) => self.domains.contains_key(domain),
+                Target::Bypass => self.spaces.bypass().is_some(),
+                Target::Blocked => true,
+            };
+            !is_there || adoption.moving.contains(endpoint)
+        });
+        let groups = misplaced.filter_map(|(endpoint, _)| self.group_of.get(endpoint).copied());
+        groups.filter(|&index| self.has_lost_files(index)).collect()
     }
 
     /// Unmaps what requests in progress were mapping or unmapping.

@@ -129,15 +129,20 @@ impl DeviceGroup {
 
     /// The error for devices that are bound to another iommufd.
     pub(super) fn wrong_iommufd(&self) -> BackendError {
-        let names: Vec<_> = self.members.iter().map(|m| m.name.as_str()).collect();
         BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
                 "{}: bound by the VMM to another iommufd than the one of this process; start \
                  both with the same open /dev/iommu (for QEMU `-object iommufd,fd=...`)",
-                names.join(", ")
+                self.names()
             ),
         }
+    }
+
+    /// The host's names for its devices.
+    pub(super) fn names(&self) -> String {
+        let names: Vec<_> = self.members.iter().map(|m| m.name.as_str()).collect();
+        names.join(", ")
     }
 
     /// The target of the group, from the wanted targets of its members.
@@ -169,12 +174,17 @@ impl DeviceGroup {
         }
     }
 
-    /// Notices that the VMM has bound devices of the group. They are then in the VMM's address space.
+    /// Notices that the VMM has bound devices of the group. They are then in the VMM's address space, or where an earlier
+    /// process has put them.
     pub(super) fn notice_binding(&mut self) {
         if self.attachment == Attachment::Unbound
             && self.members.iter().any(|m| m.attach.is_bound())
         {
-            self.attachment = Attachment::Vmm;
+            self.attachment = if self.verified {
+                Attachment::Unknown
+            } else {
+                Attachment::Vmm
+            };
         }
     }
 

@@ -371,6 +371,10 @@ impl DmaBackend for Iommufd {
         };
         let before = self.groups[index].set_wanted(endpoint, target);
         self.fetch_for(index, target);
+        if self.has_lost_files(index) {
+            self.groups[index].restore_wanted(endpoint, before);
+            return Err(AttachError::Unchanged(self.lost_files(index)));
+        }
         let is_deferred =
             !self.connected || self.vmm_files.is_some() && !matches!(target, Target::Domain(_));
         if is_deferred && self.groups[index].attachment() == Attachment::Unbound {

@@ -6,7 +6,7 @@
 
 use super::group::Attachment;
 use super::{Iommufd, Target};
-use crate::backends::BackendError;
+use crate::backends::{BackendError, BackendErrorKind};
 use crate::vfio::VmmFiles;
 
 impl Iommufd {
@@ -24,19 +24,41 @@ impl Iommufd {
         files.is_some_and(|files| !files.is_open())
     }
 
-    /// Gets missing files of a device that is to enter a domain, and takes note of what has come.
+    /// Whether devices of a group are in an address space of this iommufd, and their files were lost with an earlier process:
+    /// without them this process cannot take the devices out.
+    pub(super) fn has_lost_files(&self, index: usize) -> bool {
+        let group = &self.groups[index];
+        self.vmm_files.is_some() && group.attachment() == Attachment::Unbound && group.is_verified()
+    }
+
+    /// The refusal to switch a group that [has lost its files](Self::has_lost_files).
+    pub(super) fn lost_files(&self, index: usize) -> BackendError {
+        BackendError {
+            kind: BackendErrorKind::DevErr,
+            message: format!(
+                "{} cannot leave its address space: its file was lost with the daemon before, and has not come again from the \
+                 VMM; see that the helper answers",
+                self.groups[index].names()
+            ),
+        }
+    }
+
+    /// Gets missing files of a device that is to enter a domain, or to leave an address space of this process. Takes note of
+    /// what has come.
     pub(super) fn fetch_for(&mut self, index: usize, target: Target) {
+        let is_wanted = matches!(target, Target::Domain(_)) || self.has_lost_files(index);
         let Some(files) = &self.vmm_files else {
             return;
         };
-        if self.connected && matches!(target, Target::Domain(_)) && !self.groups[index].is_whole() {
+        if self.connected && is_wanted && !self.groups[index].is_whole() {
             files.fetch();
         }
         self.notice_files(Some(index));
     }
 
     /// Begins to use the files that have come. A device among them whose endpoint is not in bypass mode leaves the VMM's
-    /// address space at once, unless its group is the `switched` one, which the caller moves.
+    /// address space at once, and one that an earlier process has moved goes to its present target. The caller moves the
+    /// `switched` group.
     pub(super) fn notice_files(&mut self, switched: Option<usize>) {
         let Some(files) = self.vmm_files.as_ref().filter(|_| !self.awaits_take_over) else {
             return;
@@ -54,10 +76,16 @@ impl Iommufd {
             return;
         }
         for index in 0..self.groups.len() {
+            let has_come = self.groups[index].attachment() == Attachment::Unbound;
             self.groups[index].notice_binding();
-            if self.groups[index].attachment() == Attachment::Vmm
+            let is_elsewhere = match self.groups[index].attachment() {
+                Attachment::Vmm => true,
+                Attachment::Unknown => has_come,
+                Attachment::Unbound | Attachment::Ioas(_) | Attachment::Detached => false,
+            };
+            if is_elsewhere
                 && switched != Some(index)
-                && let Err(cause) = self.leave_vmm(index)
+                && let Err(cause) = self.go_to_target(index)
             {
                 self.stop(index, &cause);
             }
@@ -66,8 +94,8 @@ impl Iommufd {
         self.moved();
     }
 
-    /// Moves a group from the VMM's address space to its target. In bypass mode it stays.
-    fn leave_vmm(&mut self, index: usize) -> Result<(), BackendError> {
+    /// Moves a group to its target. In bypass mode it stays in the VMM's address space.
+    fn go_to_target(&mut self, index: usize) -> Result<(), BackendError> {
         let attachment = self.attachment_for(index)?;
         match attachment {
             Attachment::Vmm => Ok(()),

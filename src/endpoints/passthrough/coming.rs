@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
-use crate::backends::BackendCapabilities;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::backends::testing::slot;
+use crate::backends::{BackendCapabilities, MemorySlot};
 use crate::ids::{DomainId, EndpointId};
-use crate::iommu::{Dma, Iommu, RequestError, Settings};
+use crate::iommu::{Dma, Iommu, Predecessor, RequestError, Settings};
 use crate::topology::{EndpointSpec, ReservedRegions, Topology};
 use crate::vfio::fake::{FakeDevice, FakeKernel, FakeMemory};
 use crate::vfio::{AddressSpaces, Attach, DmaSource, VmmFiles};
@@ -150,65 +150,100 @@ impl Attach for ComingDevice {
     }
 }
 
+fn settings(bypass_at_boot: bool) -> Settings {
+    Settings {
+        address_width: 48,
+        page_sizes: PageMask::TABLE,
+        last_domain: 15,
+        bypass_at_boot,
+        arena_limit: 4 << 20,
+    }
+}
+
+fn topology() -> Topology {
+    let spec = |endpoint: EndpointId| EndpointSpec {
+        range: format!("00:{:02x}.0", endpoint.0 >> 3)
+            .parse()
+            .expect("an address"),
+        group: None,
+        reserved: Vec::new(),
+    };
+    let at = "00:01.0".parse().expect("an address");
+    Topology::new(at, ReservedRegions::default(), &[spec(A), spec(B)]).expect("a topology")
+}
+
+/// Puts the backend of both devices behind the core.
+fn add_backend(iommu: &mut Iommu, files: &Coming, pinning: Pinning) {
+    let bar = GpaRange::from_len(Gpa(0xf000_0000), 0x1000).expect("not empty");
+    let device = |endpoint: EndpointId| PassthroughDevice {
+        endpoint,
+        name: format!("device {endpoint}"),
+        group: endpoint.0,
+        shared: true,
+        attach: Box::new(ComingDevice {
+            files: files.clone(),
+            endpoint,
+            device: files.kernel.device(endpoint.0, endpoint.0),
+        }),
+        memory: Arc::new(FakeMemory::at(1, bar)),
+    };
+    let capabilities = BackendCapabilities {
+        page_sizes: PageMask::TABLE,
+        aperture: IovaRange::ALL,
+    };
+    let devices = vec![device(A), device(B)];
+    let backend = Iommufd::new(Arc::new(files.clone()), capabilities, pinning, devices);
+    let backend = backend.with_vmm_files(Box::new(files.clone()));
+    iommu
+        .add_backend(Box::new(backend), &[A, B])
+        .expect("added");
+}
+
 /// A VM whose VMM has bound two devices, each in a group of its own with the endpoint's number.
 struct Bed {
     files: Coming,
     iommu: Iommu,
     /// The VMM's address spaces.
     vmm: Vec<u32>,
+    pinning: Pinning,
+    ram: MemorySlot,
 }
 
 impl Bed {
     fn new(pinning: Pinning, bypass: bool) -> Self {
         let files = Coming::default();
-        let spec = |endpoint: EndpointId| EndpointSpec {
-            range: format!("00:{:02x}.0", endpoint.0 >> 3)
-                .parse()
-                .expect("an address"),
-            group: None,
-            reserved: Vec::new(),
-        };
-        let at = "00:01.0".parse().expect("an address");
-        let topology = Topology::new(at, ReservedRegions::default(), &[spec(A), spec(B)]);
-        let settings = Settings {
-            address_width: 48,
-            page_sizes: PageMask::TABLE,
-            last_domain: 15,
-            bypass_at_boot: bypass,
-            arena_limit: 4 << 20,
-        };
-        let mut iommu = Iommu::new(settings, topology.expect("a topology")).expect("an arena");
+        let mut iommu = Iommu::new(settings(bypass), topology()).expect("an arena");
         iommu.keep_journal();
-        let bar = GpaRange::from_len(Gpa(0xf000_0000), 0x1000).expect("not empty");
-        let device = |endpoint: EndpointId| PassthroughDevice {
-            endpoint,
-            name: format!("device {endpoint}"),
-            group: endpoint.0,
-            shared: true,
-            attach: Box::new(ComingDevice {
-                files: files.clone(),
-                endpoint,
-                device: files.kernel.device(endpoint.0, endpoint.0),
-            }),
-            memory: Arc::new(FakeMemory::at(1, bar)),
-        };
-        let capabilities = BackendCapabilities {
-            page_sizes: PageMask::TABLE,
-            aperture: IovaRange::ALL,
-        };
-        let devices = vec![device(A), device(B)];
-        let backend = Iommufd::new(Arc::new(files.clone()), capabilities, pinning, devices);
-        let backend = backend.with_vmm_files(Box::new(files.clone()));
-        iommu
-            .add_backend(Box::new(backend), &[A, B])
-            .expect("added");
+        add_backend(&mut iommu, &files, pinning);
         let mut bed = Self {
             files,
             iommu,
             vmm: Vec::new(),
+            pinning,
+            ram: slot(RAM, 0x10_0000, 0),
         };
         bed.start_vmm();
         bed
+    }
+
+    /// The process dies, and the next one takes over. Guest memory is where it was, or not.
+    fn die(&mut self, is_memory_same: bool) {
+        let arena = self.iommu.arena().memory().clone();
+        let store = self.iommu.store().memory().clone();
+        let mut next = Iommu::successor(settings(true), topology()).expect("an arena");
+        next.keep_journal();
+        add_backend(&mut next, &self.files, self.pinning);
+        next.connect();
+        if !is_memory_same {
+            self.ram = slot(RAM, 0x10_0000, 0);
+        }
+        next.set_memory(vec![self.ram.clone()]);
+        let restored = next.restore(Predecessor {
+            arena: arena.words(),
+            store: store.words(),
+        });
+        restored.expect("restored");
+        self.iommu = next;
     }
 
     /// A VMM connects, and has bound its devices. It gives none.
@@ -220,7 +255,7 @@ impl Bed {
     }
 
     fn share_memory(&mut self) {
-        self.iommu.set_memory(vec![slot(RAM, 0x10_0000, 0)]);
+        self.iommu.set_memory(vec![self.ram.clone()]);
     }
 
     fn give(&self, endpoints: &[EndpointId]) {
@@ -394,5 +429,49 @@ fn with_the_vmm_everything_goes_and_the_next_one_starts_anew() {
                 .attach(A, D1, false)
                 .expect_err("not before it is given");
         }
+    }
+}
+
+/// The keeper has lost a device's file and still has the iommufd: the device is in the domain's address space, and only the VMM
+/// can give its file again.
+#[test]
+fn a_device_whose_file_was_lost_leaves_its_domain_only_with_the_file() {
+    for is_memory_same in [true, false] {
+        let mut bed = Bed::new(Pinning::Mapped, true);
+        bed.share_memory();
+        bed.iommu.driver_has_started();
+        bed.give(&[A, B]);
+        bed.iommu.attach(A, D1, false).expect("it has come");
+        bed.iommu.attach(B, D1, false).expect("it has come");
+        bed.iommu.map(D1, &bed.page(0x1000)).expect("mapped");
+        let space = bed.space_of(A).expect("attached");
+
+        bed.files.has_device.store(bit(B), Ordering::Relaxed);
+        bed.give(&[]);
+        bed.die(is_memory_same);
+        assert_eq!(bed.space_of(A), Some(space), "it cannot be taken out");
+        let mapped = bed.files.kernel.state().spaces[&space].len();
+        if !is_memory_same {
+            assert_eq!(
+                mapped, 0,
+                "an address space that is not taken over is empty"
+            );
+            assert_eq!(
+                (bed.is_quarantined(A), bed.is_quarantined(B)),
+                (true, false)
+            );
+            assert_ne!(bed.space_of(B), Some(space));
+            continue;
+        }
+        assert_eq!(mapped, 1);
+        assert!(!bed.is_quarantined(A));
+        let refused = bed.iommu.detach(A, D1).expect_err("it stays there");
+        assert!(refused.to_string().contains("was lost"), "{refused}");
+        let page = bed.page(0x1000).range;
+        bed.iommu.unmap(D1, page).expect("unmapped");
+        assert_eq!(bed.files.kernel.state().spaces[&space].len(), 0);
+        bed.give(&[A]);
+        bed.iommu.detach(A, D1).expect("its file has come");
+        assert_ne!(bed.space_of(A), Some(space));
     }
 }
