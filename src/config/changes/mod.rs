@@ -31,6 +31,9 @@ pub struct EndpointChanges {
     removed: Vec<TextRange>,
     /// In the order of their addition.
     added: Vec<AddedEndpoint>,
+    /// Endpoints that `removed` had, and that the file has no more, were removed, too.
+    #[serde(skip_serializing_if = "is_false")]
+    had_more_removed: bool,
 }
 
 /// [`EndpointChanges`] as they are decoded.
@@ -39,6 +42,8 @@ pub struct EndpointChanges {
 struct UncheckedChanges {
     removed: Vec<TextRange>,
     added: Vec<AddedEndpoint>,
+    #[serde(default)]
+    had_more_removed: bool,
 }
 
 /// Changes that no daemon writes.
@@ -61,6 +66,7 @@ impl TryFrom<UncheckedChanges> for EndpointChanges {
         let changes = Self {
             removed: unchecked.removed,
             added: unchecked.added,
+            had_more_removed: unchecked.had_more_removed,
         };
         // First: it bounds the work of the others.
         changes.check_count()?;
@@ -99,6 +105,12 @@ pub struct AddedEndpoint {
     range: TextRange,
     /// The functions of it that were removed since.
     removed: Vec<TextRange>,
+}
+
+// serde passes a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_false(flag: &bool) -> bool {
+    !*flag
 }
 
 /// A range that is encoded as its text.
@@ -147,9 +159,10 @@ impl EndpointChanges {
         self.removed.is_empty() && self.added.is_empty()
     }
 
-    /// Whether endpoints of the file were removed.
+    /// Whether endpoints of the start were removed: the guest's offer may be narrower than that of all that are left. True also
+    /// if the file has none of these endpoints any more.
     pub fn has_removals(&self) -> bool {
-        !self.removed.is_empty()
+        self.had_more_removed || !self.removed.is_empty()
     }
 
     /// The additions, in their order.
@@ -207,6 +220,7 @@ impl EndpointChanges {
             whole: without.clone(),
             file: without,
             changes: Self {
+                had_more_removed: self.had_more_removed || removed != self.removed,
                 removed,
                 added: Vec::new(),
             },

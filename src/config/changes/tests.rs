@@ -144,6 +144,22 @@ fn removals_that_the_file_has_made_are_forgotten() {
     let next = vm.next(&gone);
     assert_eq!(next.file.topology.endpoint_count(), 0);
     assert_eq!(next.changes.removed, [TextRange(range("00:10.3"))]);
+    // The guest was offered what all of them can, in each later life, too.
+    let none = parse("socket = '/s'\naddress = '00:05.0'\n");
+    let mut changes = vm.next(&none).changes;
+    for _ in 0..2 {
+        assert_eq!(changes.removed, []);
+        assert!(changes.has_removals());
+        let text = serde_json::to_string(&changes).expect("text");
+        changes = serde_json::from_str(&text).expect("changes");
+        changes = changes.apply(&none).changes;
+    }
+    assert!(
+        !EndpointChanges::default()
+            .apply(&none)
+            .changes
+            .has_removals()
+    );
     // Also if the file has several endpoints where one was.
     let split = parse(&format!(
         "{}[[endpoint]]\naddress = '00:10.3'\n[[endpoint]]\nrange = '00:10.5-00:10.6'\n",
