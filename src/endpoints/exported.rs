@@ -11,7 +11,7 @@ use super::kind::{
     EndpointKind, OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin, Resources, check_prepared,
 };
 use super::passthrough::{
-    DeviceKeeping, OpenedExport, PassthroughDevices, PlugAttempt, client_name, device_name,
+    DeviceKeeping, OpenedExport, PassthroughDevices, PlugAttempt, client_name,
 };
 use super::sockets::rights;
 use super::status::StatusNames;
@@ -64,7 +64,7 @@ pub fn bind_export(
     let (offered, keeping, is_abandoned) = match kept {
         Some(kept) => {
             let is_left = kept.is_left;
-            let (offered, keeping) = kept.keep(endpoint, host, offered)?;
+            let (offered, keeping) = kept.keep(endpoint, offered)?;
             let is_abandoned = is_left && !keeping.has_left_device();
             (offered, Some(keeping), is_abandoned)
         }
@@ -103,6 +103,8 @@ pub struct KeptExport {
     pub life: Arc<Life>,
     /// The device is as the process before has left it.
     pub is_left: bool,
+    /// The name of the device's descriptor at the keeper.
+    pub kept_as: String,
 }
 
 impl KeptExport {
@@ -110,15 +112,11 @@ impl KeptExport {
     fn keep(
         self,
         endpoint: PciAddress,
-        host: Option<HostAddress>,
         device: ExportedDevice,
     ) -> io::Result<(ExportedDevice, ClientKeeping)> {
         let name = client_name(endpoint);
         let mut keeping = ClientKeeping::find(self.keeper.clone(), &name, self.life)?;
-        let device = match host {
-            Some(host) => device.kept_with(self.keeper, &device_name(host)),
-            None => device,
-        };
+        let device = device.kept_with(self.keeper, &self.kept_as);
         if self.is_left {
             device.reserve();
         } else if keeping.has_left_device() {
@@ -187,7 +185,10 @@ impl EndpointKind for ExportedKind {
         });
         let backend = opened.backends.into_iter().next();
         let Some(OpenedExport {
-            access, is_left, ..
+            access,
+            is_left,
+            kept_as,
+            ..
         }) = opened.exported.into_iter().next()
         else {
             return Ok(OpenDevice::default());
@@ -201,6 +202,7 @@ impl EndpointKind for ExportedKind {
             keeper: keeper.clone(),
             life: life.clone(),
             is_left,
+            kept_as,
         });
         let bound = bind_export(&alone, endpoint, access, plug.hot_resets, kept)?;
         attempt.succeed();

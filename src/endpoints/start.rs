@@ -355,6 +355,7 @@ impl AttachedDevices {
                 keeper: keeper.clone(),
                 life: life.clone(),
                 is_left: export.is_left,
+                kept_as: export.kept_as,
             });
             let access = export.access;
             let resets = hotplug.hot_resets();

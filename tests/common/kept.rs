@@ -226,6 +226,8 @@ impl Daemon {
         // The socket of the one that was killed may still be there.
         while !has_taken_over(&self.control_socket()) {
             self.assert_alive();
+            // It may wait until the keeper has closed something.
+            keeper.take();
             assert!(Instant::now() < deadline, "the control socket");
             std::thread::sleep(Duration::from_millis(1));
         }

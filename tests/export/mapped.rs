@@ -249,6 +249,7 @@ fn a_device_that_was_left_is_closed_and_opened_before_the_first_client() {
             keeper: Arc::new(Keeper::new(ours, []).expect("a keeper")),
             life: Arc::new(Life::new(true)),
             is_left,
+            kept_as: "vfio.device".into(),
         };
         let (device, log) = device_of_group();
         let registry = HotResetRegistry::default();

@@ -206,6 +206,7 @@ fn a_device_whose_client_nobody_goes_on_with_is_reset() {
             keeper: Arc::new(Keeper::new(ours, []).expect("a keeper")),
             life: Arc::new(Life::new(true)),
             is_left,
+            kept_as: "vfio.device".into(),
         };
         let hardware = RecordingDevice::new();
         hardware.state().bytes[CONFIG as usize][4] = 7;
@@ -322,6 +323,7 @@ impl Pair {
                 keeper: keeper.clone(),
                 life: life.clone(),
                 is_left,
+                kept_as: format!("vfio.device-{at}").replace(':', "-"),
             };
             let at: PciAddress = at.parse().expect("an address");
             let device = Box::new(device.clone());

@@ -262,8 +262,14 @@ impl Bed {
     }
 
     /// The same, and exports the device `function` at `path`: the daemon binds it in any case.
-    pub fn exported(backend: Backend, function: &str, path: &Path, keeper: &Keeper) -> Self {
-        Self::begin(backend, &[function], "", Some(path), Some(keeper))
+    pub fn exported(
+        backend: Backend,
+        function: &str,
+        keys: &str,
+        path: &Path,
+        keeper: &Keeper,
+    ) -> Self {
+        Self::begin(backend, &[function], keys, Some(path), Some(keeper))
     }
 
     fn start(backend: Backend, functions: &[&str], keys: &str, keeper: Option<&Keeper>) -> Self {

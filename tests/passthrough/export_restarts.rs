@@ -40,7 +40,7 @@ fn scenario(backend: Backend) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("edu");
     let mut keeper = Keeper::empty();
-    let mut bed = Bed::exported(backend, &name, &path, &keeper);
+    let mut bed = Bed::exported(backend, &name, "", &path, &keeper);
     goes_on(&mut bed, &mut keeper, &name, &path);
 }
 
@@ -158,4 +158,92 @@ fn an_exported_device_goes_on_over_kills_of_the_daemon_type1() {
 fn an_added_device_goes_on_over_kills_of_the_daemon() {
     added_scenario(Backend::Owned);
     added_scenario(Backend::Type1);
+}
+
+/// `ctl` adds the device, which is then bound to an iommufd of its own. The next daemon's file names it with other keys, so
+/// that daemon opens it for its own iommufd.
+fn contradicted_scenario(backend: Backend) {
+    eprintln!("{backend:?}, contradicted");
+    let name = words("VIOMMU_EDU")[0].clone();
+    let mut keeper = Keeper::empty();
+    let mut bed = Bed::kept_with(backend, &[], "hotplug = ['00:06.0']\n", &keeper);
+    let folder = bed.daemon.folder().to_owned();
+    let path = folder.join("edu");
+    let add = format!("add-endpoint address = '00:06.0', vfio = '{name}', export = {path:?}");
+    let added = bed.daemon.control(&add);
+    assert!(added["error"].is_null(), "{added}");
+    let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
+    let bytes = [0x5a; PAGE as usize];
+    bed.guest.memory.write(source, &bytes);
+    assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+    assert_eq!(bed.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
+    assert_eq!(bed.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
+    let mut driver = Driver::connect(&path);
+    driver.dma_read(0x1000);
+    driver.dma_write(0x2000);
+    assert_eq!(bed.guest.memory.read(target, PAGE as usize), bytes);
+
+    bed.daemon.kill();
+    keeper.take();
+    let other = folder.join("other");
+    let file = folder.join("vm.toml");
+    let text = std::fs::read_to_string(&file).expect("the file");
+    let endpoint_of_file =
+        format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{name}'\nexport = {other:?}\n");
+    std::fs::write(&file, format!("{text}\n{endpoint_of_file}")).expect("written");
+    bed.daemon.start_again(&mut keeper);
+    assert_eq!(bed.daemon.endpoint(endpoint(0))["state"], "quarantined");
+    assert_eq!(command_of(&name) & MASTER, 0);
+    assert!(driver.0.is_closed());
+    // It is a device of the daemon's start now.
+    for round in 0..2 {
+        let mut driver = Driver::connect(&other);
+        assert_eq!(bed.guest.attach(2, endpoint(0)), OK);
+        if round == 0 {
+            assert_eq!(bed.guest.map(2, 0x1000, 0x1fff, source, READ), OK);
+            assert_eq!(bed.guest.map(2, 0x2000, 0x2fff, target, RW), OK);
+        }
+        driver.dma_read(0x1000);
+        let arrived = moved(&mut bed, target, |_| driver.dma_write(0x2000));
+        assert_eq!(arrived, bytes, "it is mapped");
+        drop(driver);
+        bed.daemon
+            .wait_for("the client's end", || command_of(&name) & MASTER == 0);
+        bed.daemon.die(&mut keeper);
+        assert_eq!(bed.daemon.status()["life"]["lost"], serde_json::json!([]));
+    }
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn an_added_device_that_the_file_names_otherwise_is_opened_anew() {
+    contradicted_scenario(Backend::Owned);
+    contradicted_scenario(Backend::Type1);
+}
+
+/// The device narrows the addresses that the guest is offered. `ctl` removes it, and then it leaves the file, too.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn the_offer_stays_when_the_device_that_narrowed_it_leaves_the_file() {
+    let name = words("VIOMMU_EDU")[0].clone();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("edu");
+    let mut keeper = Keeper::empty();
+    let keys = "hotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:08.0'\n";
+    let mut bed = Bed::exported(Backend::Owned, &name, keys, &path, &keeper);
+    let other = 0x40;
+    assert_eq!(bed.guest.attach(1, other), OK);
+    assert_eq!(bed.guest.map(1, 0x1000, 0x1fff, HIGH_RAM, RW), OK);
+    let removed = bed.daemon.control("remove-endpoint 00:06.0");
+    assert!(removed["error"].is_null(), "{removed}");
+    let file = bed.daemon.folder().join("vm.toml");
+    let text = std::fs::read_to_string(&file).expect("the file");
+    let (without, device) = text.rsplit_once("[[endpoint]]").expect("an endpoint");
+    assert!(device.contains(&name), "{device}");
+    std::fs::write(&file, without).expect("written");
+    for _ in 0..2 {
+        bed.daemon.die(&mut keeper);
+        assert_eq!(bed.daemon.status()["life"]["lost"], serde_json::json!([]));
+        assert_eq!(bed.daemon.gpa_of(other, 0x1000), Some(HIGH_RAM));
+    }
 }

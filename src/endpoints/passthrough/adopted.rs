@@ -7,6 +7,7 @@ use log::{info, warn};
 
 use super::iommufd::{claim_cdev, probe_vmm_device};
 use super::kept::{self, DeviceFacts, DeviceKeeping, KnownDevices};
+use super::strays::end_other;
 use super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices, missing_helper};
 use super::{HostBackends, PassthroughError, capabilities, check_granule, group_of};
 use crate::address::IovaRange;
@@ -35,7 +36,7 @@ pub(super) fn open(
     }
     let is_left = iommufd.file().is_some();
     if !is_left {
-        kept::close_left(keeper, kept::IOMMUFD);
+        keeper.drop_file(kept::IOMMUFD);
     }
     let is_vmm_waiting = is_vmm_waiting(config);
     let left = KnownDevices::claim(keeping);
@@ -54,14 +55,17 @@ pub(super) fn open(
             why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
                   lacks CONFIG_VFIO_DEVICE_CDEV",
         })?;
-        let name = kept::device_name(host);
+        let name = keeping.device_name(host);
+        end_other(keeping, host);
         let cdev = VmmCdev::default();
         match is_left
             .then(|| claim_cdev(keeping, &name, Some(&path)))
             .flatten()
         {
             Some(file) => drop(cdev.open(file)),
-            None => kept::close_left(keeper, &name),
+            None => {
+                keeper.drop_file(&name);
+            }
         }
         let found = match left.get(host) {
             Some(known) => known.clone(),

@@ -8,10 +8,13 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::warn;
 
 use super::kept::{self, DeviceFacts, DeviceKeeping, KnownDevices};
+use super::strays::end_other;
 use super::{
     HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
     group_of, stop_export,
@@ -20,9 +23,14 @@ use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
+use crate::ids::VfToken;
 use crate::process::inherited::adopt;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{AddressSpaces, Attach, Cdev, IommuFd, VfioError, probe_allowed_iovas};
+
+/// How long the keeper may take to close a device, and how often the kernel is asked meanwhile.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+const CLOSE_INTERVAL: Duration = Duration::from_millis(10);
 
 pub(super) fn open(
     config: &Config,
@@ -83,7 +91,8 @@ pub(super) fn open(
             source,
         };
         let is_exported = config.devices.exported_at(endpoint).is_some();
-        let name = kept::device_name(host);
+        let name = keeping.device_name(host);
+        let mut was_left = end_other(keeping, host);
         let inherited = shared.remove(&endpoint);
         if let (Some(cdev), Some(path)) = (&inherited, &path) {
             let fd = config.descriptors.devices[&endpoint];
@@ -103,7 +112,7 @@ pub(super) fn open(
                 match left.flatten() {
                     Some(cdev) => (cdev, true),
                     None => {
-                        kept::close_left(keeper, &name);
+                        was_left |= keeper.drop_file(&name);
                         let cdev = open_cdev(path.as_deref(), passthrough)?;
                         kept::keep(keeper, &name, cdev.as_fd());
                         (cdev, false)
@@ -125,6 +134,9 @@ pub(super) fn open(
                 }
             }
             let bound = left.get(host).and_then(Option::as_ref);
+            if was_left {
+                await_close(&iommufd, &cdev, passthrough.token.as_ref());
+            }
             let bound = bind_blocked(&iommufd, &cdev, passthrough, bound).map_err(failed)?;
             check_coherency(config, *passthrough, bound.is_coherent)?;
             Some(bound)
@@ -141,6 +153,7 @@ pub(super) fn open(
                 endpoint,
                 access: Box::new(cdev.clone()),
                 is_left: is_claimed,
+                kept_as: name,
             });
         }
         devices.push(PassthroughDevice {
@@ -282,6 +295,15 @@ pub(super) fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> O
             );
             None
         }
+    }
+}
+
+/// Binds a device that the keeper has only just been told to close: it does so in its own time, and the kernel binds a device
+/// to one open file at a time. A device that cannot be bound is left to [`bind_blocked`].
+fn await_close(iommufd: &IommuFd, cdev: &Cdev, token: Option<&VfToken>) {
+    let end = Instant::now() + CLOSE_PATIENCE;
+    while !cdev.is_bound() && cdev.bind(iommufd, token).is_err() && Instant::now() < end {
+        thread::sleep(CLOSE_INTERVAL);
     }
 }
 

@@ -67,6 +67,12 @@ impl<'a> DeviceKeeping<'a> {
         self.name(IOMMUFD, '.')
     }
 
+    /// The name of a device's descriptor. That of a device that was plugged in is longer: the device is bound to another
+    /// iommufd than the devices of the start.
+    pub(super) fn device_name(&self, host: HostAddress) -> String {
+        self.name(&device_name(host), '-')
+    }
+
     /// The name of the file with the properties of the devices.
     pub(super) fn facts_name(&self) -> String {
         self.name(FACTS, '-')
@@ -95,7 +101,11 @@ impl<'a> DeviceKeeping<'a> {
 
     /// The names of everything that may be kept of a device in this host group, and of nothing else.
     pub(super) fn names_of(&self, host: HostAddress, group: u32) -> Vec<String> {
-        let mut names = vec![device_name(host), container_name(group), group_name(group)];
+        let mut names = vec![
+            self.device_name(host),
+            container_name(group),
+            group_name(group),
+        ];
         if self.plugged.is_some() {
             names.extend([self.iommufd_name(), self.facts_name()]);
         }
@@ -103,8 +113,8 @@ impl<'a> DeviceKeeping<'a> {
     }
 }
 
-/// The name of a device's descriptor at the keeper.
-pub(in super::super) fn device_name(host: HostAddress) -> String {
+/// The name of the descriptor of a device of the start.
+pub(super) fn device_name(host: HostAddress) -> String {
     format!("vfio.{host}").replace(':', "-")
 }
 
@@ -121,13 +131,6 @@ pub(super) fn container_name(group: u32) -> String {
 /// The name of a host group's descriptor.
 pub(super) fn group_name(group: u32) -> String {
     format!("vfio.group.{group}")
-}
-
-/// Closes what the process before has left under a name.
-pub(super) fn close_left(keeper: &Keeper, name: &str) {
-    if keeper.claim(name).is_some() {
-        keeper.release(name);
-    }
 }
 
 /// Keeps a file under a name. A file that cannot be kept is of no use to a later process, which opens another.
@@ -390,14 +393,28 @@ mod tests {
 
     #[test]
     fn names_are_those_that_a_keeper_takes() {
+        let keeper = Arc::new(Keeper::none());
+        let of_start = DeviceKeeping::of_start(&keeper);
+        let endpoint = "00:06.0".parse().expect("an address");
+        let plugged = DeviceKeeping::of_plugged(&keeper, endpoint, true);
         let names = [
-            device_name(host("10000:01:1f.7")),
+            plugged.device_name(host("10000:01:1f.7")),
+            plugged.iommufd_name(),
+            plugged.facts_name(),
+            of_start.device_name(host("10000:01:1f.7")),
             container_name(7),
             group_name(7),
         ];
         assert_eq!(
             names,
-            ["vfio.10000-01-1f.7", "vfio.container.7", "vfio.group.7"]
+            [
+                "vfio.10000-01-1f.7-0000-00-06.0",
+                "iommufd.0000-00-06.0",
+                "vfio.facts-0000-00-06.0",
+                "vfio.10000-01-1f.7",
+                "vfio.container.7",
+                "vfio.group.7"
+            ]
         );
         for name in names {
             let allowed = |c: char| c.is_ascii_alphanumeric() || ".-".contains(c);

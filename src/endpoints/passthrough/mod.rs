@@ -33,7 +33,7 @@ use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
 pub use kept::DeviceKeeping;
-pub(super) use kept::{client_name, device_name};
+pub(super) use kept::client_name;
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 pub(super) use strays::{PlugAttempt, drop_devices};
 pub use strays::{discard_devices, end_stray_devices};
@@ -63,6 +63,8 @@ pub struct OpenedExport {
     pub access: Box<dyn DeviceAccess>,
     /// Whether it is as the process before has left it.
     pub is_left: bool,
+    /// The name of its descriptor at the keeper.
+    pub kept_as: String,
 }
 
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.

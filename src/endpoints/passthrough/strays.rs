@@ -60,6 +60,21 @@ fn stop_and_drop(keeper: &Keeper, name: &str) {
     keeper.drop_file(name);
 }
 
+/// Ends the device if the process before has left it under another name than that of `keeping`: it is bound to another iommufd.
+/// Returns whether it has.
+pub(super) fn end_other(keeping: &DeviceKeeping<'_>, host: HostAddress) -> bool {
+    let of_start = device_name(host);
+    let own = keeping.device_name(host);
+    let of_host = |name: &String| {
+        let rest = name.strip_prefix(&of_start);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-')) && *name != own
+    };
+    let mut others = keeping.keeper.unclaimed();
+    others.retain(of_host);
+    drop_devices(keeping.keeper, &others);
+    !others.is_empty()
+}
+
 /// Ends the DMA of devices, and has the keeper close them and what they share.
 pub(in super::super) fn drop_devices(keeper: &Keeper, names: &[String]) {
     names.iter().for_each(|name| stop_and_drop(keeper, name));
@@ -177,7 +192,55 @@ mod tests {
             expected.sort_unstable();
             assert_eq!(keeper.names(), expected);
             let later = own.iter().chain(&meanwhile);
-            later.for_each(|name| keeper.drop_file(name));
+            later.for_each(|name| {
+                keeper.drop_file(name);
+            });
         }
+    }
+
+    /// A device of the start and one that was plugged in are bound to different iommufds, so neither passes for the other.
+    #[test]
+    fn a_device_that_is_bound_to_another_iommufd_ends() {
+        let endpoint = "00:06.0".parse().expect("an address");
+        let names = ["vfio.0000-65-00.0", "vfio.0000-65-00.0-0000-00-06.0"];
+        let others = [
+            "vfio.0000-65-00.1",
+            "vfio.facts",
+            "vfio.0000-65-00.1-0000-00-07.0",
+        ];
+        for is_plugged in [false, true] {
+            let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+            let left = names.iter().chain(&others);
+            let left = left.map(|name| ((*name).to_owned(), io::pipe().expect("a pipe").0.into()));
+            let keeper = Arc::new(Keeper::new(ours, left).expect("a keeper"));
+            let keeping = if is_plugged {
+                DeviceKeeping::of_plugged(&keeper, endpoint, false)
+            } else {
+                DeviceKeeping::of_start(&keeper)
+            };
+            let (own, other) = if is_plugged {
+                (names[1], names[0])
+            } else {
+                (names[0], names[1])
+            };
+            let device = "0000:65:00.0".parse().expect("an address");
+            assert_eq!(keeping.device_name(device), own);
+            assert!(end_other(&keeping, device));
+            assert!(!keeper.names().contains(&other.to_owned()), "ended");
+            assert!(keeping.claim(own).is_some());
+            assert!(!end_other(&keeping, device));
+            let left = keeper.names();
+            assert!(others.iter().all(|name| left.contains(&(*name).to_owned())));
+        }
+        // What this process has in use stays: it is that of another endpoint.
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let left = [(names[0].to_owned(), io::pipe().expect("a pipe").0.into())];
+        let keeper = Arc::new(Keeper::new(ours, left).expect("a keeper"));
+        keeper.claim(names[0]).expect("left");
+        let plugged = DeviceKeeping::of_plugged(&keeper, endpoint, true);
+        assert!(!end_other(
+            &plugged,
+            "0000:65:00.0".parse().expect("an address")
+        ));
     }
 }

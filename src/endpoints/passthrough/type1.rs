@@ -10,6 +10,7 @@ use std::sync::Arc;
 use log::warn;
 
 use super::kept::{self, DeviceKeeping};
+use super::strays::end_other;
 use super::{
     HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
     group_of, stop_export,
@@ -38,6 +39,8 @@ struct OpenedMember {
     device: Option<Cdev>,
     /// The device is as the process before has left it.
     is_left: bool,
+    /// The name of its descriptor at the keeper.
+    kept_as: String,
 }
 
 pub(super) fn open(
@@ -50,6 +53,7 @@ pub(super) fn open(
     let mut groups: BTreeMap<u32, OpenedGroup> = BTreeMap::new();
     for &passthrough in &config.devices.passthrough {
         let Passthrough { endpoint, host, .. } = passthrough;
+        end_other(keeping, host);
         let number = group_of(facts, host, endpoint)?;
         let failed = |source| PassthroughError::Device {
             host,
@@ -67,7 +71,7 @@ pub(super) fn open(
                     None => match claim_container(keeping, number) {
                         Some(container) => (container, true),
                         None => {
-                            close_devices(config, facts, keeping.keeper, number);
+                            close_devices(config, facts, keeping, number);
                             let container = open_container(root, number).map_err(failed)?;
                             keep_container(keeping.keeper, number, &container);
                             (container, false)
@@ -81,10 +85,10 @@ pub(super) fn open(
                 })
             }
         };
+        let name = keeping.device_name(host);
         let is_exported = config.devices.exported_at(endpoint).is_some();
         let (device, is_left) = match (device, open.container.group()) {
             (Some(device), _) if is_exported => {
-                let name = kept::device_name(host);
                 let is_left = kept::keep_inherited(keeping.keeper, &name, device.as_fd());
                 (Some(device), is_left)
             }
@@ -115,6 +119,7 @@ pub(super) fn open(
             passthrough,
             device,
             is_left,
+            kept_as: name,
         });
     }
     refuse_shared_containers(&groups)?;
@@ -229,11 +234,12 @@ fn keep_container(keeper: &Keeper, number: u32, container: &Container) {
 
 /// Closes the devices of a group that the process before has left without the group: they keep the group in use, so it could
 /// not be opened.
-fn close_devices(config: &Config, facts: &HostFacts, keeper: &Keeper, number: u32) {
+fn close_devices(config: &Config, facts: &HostFacts, keeping: &DeviceKeeping<'_>, number: u32) {
     for passthrough in &config.devices.passthrough {
         let group = facts.translated_group(passthrough.host);
         if group.is_ok_and(|group| group.number == number) {
-            kept::close_left(keeper, &kept::device_name(passthrough.host));
+            let name = keeping.device_name(passthrough.host);
+            keeping.keeper.drop_file(&name);
         }
     }
 }
@@ -248,7 +254,7 @@ fn open_device(
 ) -> Result<(Cdev, bool), VfioError> {
     let &Passthrough { host, token, .. } = passthrough;
     let keeper = keeping.keeper;
-    let name = kept::device_name(host);
+    let name = keeping.device_name(host);
     let left = keeping.claim(&name).filter(|_| is_left);
     if let Some(file) = left {
         let device = group.adopt_device(&host.to_string(), token, file)?;
@@ -259,7 +265,7 @@ fn open_device(
             ),
         }
     }
-    kept::close_left(keeper, &name);
+    keeper.drop_file(&name);
     let device = group.device(&host.to_string(), token)?;
     kept::keep(keeper, &name, device.as_fd());
     Ok((device, false))
@@ -305,6 +311,7 @@ fn add_group(
         passthrough,
         device,
         is_left,
+        kept_as,
     } in open.devices
     {
         check_coherency(config, passthrough, is_coherent)?;
@@ -318,6 +325,7 @@ fn add_group(
                 endpoint: passthrough.endpoint,
                 access: Box::new(device.clone()),
                 is_left,
+                kept_as,
             });
         }
         devices.push(GroupDevice {

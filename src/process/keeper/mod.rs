@@ -320,12 +320,14 @@ impl Keeper {
         }
     }
 
-    /// Makes the keeper close a file, however many users it has.
-    pub fn drop_file(&self, name: &str) {
+    /// Makes the keeper close a file, however many users it has. Returns whether there was one.
+    pub fn drop_file(&self, name: &str) -> bool {
         let mut files = self.files.lock();
         let removed = self.remove_file(&mut files, name);
         drop(files);
+        let is_removed = removed.is_some();
         self.close(name, removed);
+        is_removed
     }
 
     /// Releases what the process before has left and nobody has claimed. Returns the names.

@@ -121,7 +121,9 @@ fn nobody_waits_for_a_descriptor_that_does_not_close() {
             keeper.retire(name);
             keeper.release_idle();
         },
-        |keeper, name| keeper.drop_file(name),
+        |keeper, name| {
+            keeper.drop_file(name);
+        },
     ];
     for release in by_release {
         let (file, theirs) = lingering();
