@@ -30,6 +30,8 @@
 #define MAX_MAPPINGS 64u
 #define EDU_ID 0x010000edu  // register 0 of revision 1.0
 #define EDU_BUFFER 0x40000u // the device's own memory, one page
+#define FREE_REGISTERS 0x1000 // from here on they are all ones, and writes do nothing
+#define MAX_REGISTERS 8192u
 #define DMA_LIMIT 30        // seconds
 #define IRQ_LIMIT 20000     // milliseconds
 
@@ -50,6 +52,8 @@ static const char usage[] =
     "                                page that has these bytes now, 'zeros' or 'other'\n"
     "  irq KIND COUNT                the device raises COUNT interrupts, 'intx' or 'msi', in each of two ways: at the\n"
     "                                end of a factorial, and at the end of a DMA into its own memory\n"
+    "  registers COUNT               read and write COUNT registers of 8 bytes that do nothing, and print\n"
+    "                                'n READ WRITE': nanoseconds for each\n"
     "  dump                          print 'b INDEX GPA' for pages that are mapped and 'm IOVA PAGES ACCESS INDEX'\n"
     "  where INDEX                   print 'b INDEX GPA'\n"
     "  quit                          leave; the kernel removes what is mapped\n"
@@ -340,6 +344,33 @@ static void copy(uint64_t from, uint64_t to)
 }
 
 // Prints the guest-physical address of a page of the buffer.
+static double seconds(void)
+{
+    struct timespec now;
+    if (clock_gettime(CLOCK_MONOTONIC, &now))
+        die("no clock");
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+// The kernel makes all accesses of a call one after the other, so that the call itself does not count.
+static void measure_registers(unsigned count)
+{
+    static uint64_t bytes[MAX_REGISTERS];
+    off_t at = (off_t)(registers.offset + FREE_REGISTERS);
+    ssize_t size = (ssize_t)(count * sizeof(bytes[0]));
+    memset(bytes, 1, sizeof(bytes));
+    leave_guest();
+    double begun = seconds();
+    if (pread(device, bytes, (size_t)size, at) != size)
+        die("cannot read %u registers", count);
+    double read = seconds();
+    leave_guest();
+    if (pwrite(device, bytes, (size_t)size, at) != size)
+        die("cannot write %u registers", count);
+    double written = seconds();
+    printf("n %.0f %.0f\nok\n", (read - begun) / count * 1e9, (written - read) / count * 1e9);
+}
+
 static void print_page(unsigned index)
 {
     int pagemap = open("/proc/self/pagemap", O_RDONLY);
@@ -381,6 +412,8 @@ static void run_commands(void)
             copy(a, b);
         } else if (sscanf(line, "irq %15s %u", word, &index) == 2) {
             irq(word, index);
+        } else if (sscanf(line, "registers %u", &index) == 1 && index > 0 && index <= MAX_REGISTERS) {
+            measure_registers(index);
         } else if (sscanf(line, "where %u", &index) == 1 && index < PAGES) {
             print_page(index);
             printf("ok\n");

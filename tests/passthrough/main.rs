@@ -36,6 +36,7 @@ mod moves;
 mod nested;
 mod program;
 mod records;
+mod register_speed;
 mod resets;
 mod restarts;
 mod server;
