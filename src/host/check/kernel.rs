@@ -1,5 +1,10 @@
 //! The build options and the page size of the host's kernel.
 
+use std::fs::File;
+use std::io::Read;
+
+use flate2::read::GzDecoder;
+
 use crate::host::sysfs::HostRoot;
 
 /// The most bytes of a kernel's configuration. Those of distributions have a third of a MiB.
@@ -7,21 +12,26 @@ const MAX_CONFIG: u64 = 4 << 20;
 /// The type of the entry with the page size in a process's auxiliary vector.
 const AT_PAGESZ: u64 = 6;
 
-/// The options that the host's kernel was built with, as far as `/boot` has them.
+/// The options that the host's kernel was built with.
 pub(super) struct KernelOptions {
     release: String,
     text: String,
 }
 
 impl KernelOptions {
-    /// The options of the kernel of the host below `root`; `None` if its file cannot be read.
+    /// The options of the kernel of the host below `root`; `None` if no file has them. The kernel itself tells them in
+    /// `/proc/config.gz` (`CONFIG_IKCONFIG_PROC`). Debian has them in `/boot`, Fedora below `/lib/modules`.
     pub fn read(root: &HostRoot) -> Option<Self> {
         let release = root.value("proc/sys/kernel/osrelease")?;
-        let text = root.text_up_to(format!("boot/config-{release}"), MAX_CONFIG);
-        Some(Self {
-            text: text.ok()?,
-            release,
-        })
+        let files = [
+            format!("boot/config-{release}"),
+            format!("lib/modules/{release}/config"),
+        ];
+        let mut texts = files
+            .iter()
+            .filter_map(|file| root.text_up_to(file, MAX_CONFIG).ok());
+        let text = own_options(root).or_else(|| texts.next())?;
+        Some(Self { release, text })
     }
 
     /// Whether the kernel was built without `option`, such as `CONFIG_IOMMUFD`.
@@ -49,6 +59,15 @@ pub(super) fn version(root: &HostRoot) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
+/// The options that the running kernel tells, compressed.
+fn own_options(root: &HostRoot) -> Option<String> {
+    let file = File::open(root.path("proc/config.gz")).ok()?;
+    let mut text = String::new();
+    let mut limited = GzDecoder::new(file.take(MAX_CONFIG)).take(MAX_CONFIG);
+    limited.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
 /// If the kernel was built without `option`: a clause that says so.
 pub(super) fn lacking(root: &HostRoot, option: &str) -> Option<String> {
     let options = KernelOptions::read(root)?;
@@ -71,6 +90,11 @@ pub(super) fn page_size(root: &HostRoot) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+
     use super::*;
     use crate::host::sysfs::fake::FakeHost;
 
@@ -95,6 +119,34 @@ mod tests {
         }
         host.file(file, "garbage");
         assert_eq!(lacking(&host.root(), "CONFIG_IOMMUFD"), None);
+    }
+
+    /// What the kernel itself tells comes before a file that a distribution has installed.
+    #[test]
+    fn options_are_read_wherever_a_distribution_has_them() {
+        let lacks = |host: &FakeHost| lacking(&host.root(), "CONFIG_IOMMUFD").is_some();
+        let host = FakeHost::new();
+        host.file("proc/sys/kernel/osrelease", "6.17.1-300.fc43.x86_64\n");
+        host.file(
+            "lib/modules/6.17.1-300.fc43.x86_64/config",
+            "#\nCONFIG_VFIO=m\n",
+        );
+        assert!(lacks(&host));
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(b"#\nCONFIG_IOMMUFD=m\n").expect("memory");
+        let packed = packed.finish().expect("memory");
+        host.file("proc/config.gz", packed.clone());
+        assert!(!lacks(&host));
+        for damaged in [&packed[..packed.len() / 2], &b"\x1f\x8b"[..], b""] {
+            host.file("proc/config.gz", damaged);
+            assert!(lacks(&host), "the file of the distribution counts");
+        }
+        // As much as a kernel never tells.
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        let line = b"CONFIG_IOMMUFD=m\n".repeat(1 << 16);
+        (0..64).for_each(|_| packed.write_all(&line).expect("memory"));
+        host.file("proc/config.gz", packed.finish().expect("memory"));
+        assert!(!lacks(&host));
     }
 
     #[test]

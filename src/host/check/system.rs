@@ -18,7 +18,7 @@ const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> Vec<Finding> {
     let mut found = Vec::new();
     found.extend(match config.host_iommu {
-        HostIommu::Iommufd => iommufd(root),
+        HostIommu::Iommufd => iommufd(root, config),
         HostIommu::Type1 => type1(root),
     });
     found.extend(helper(root, config));
@@ -31,21 +31,23 @@ pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> V
     found
 }
 
-fn iommufd(root: &HostRoot) -> Option<Finding> {
+fn iommufd(root: &HostRoot, config: &Config) -> Option<Finding> {
     let node = "dev/iommu";
     if !root.path(node).exists() {
         // Debian's kernels for arm64 are built without it.
         if let Some(why) = kernel::lacking(root, "CONFIG_IOMMUFD") {
             return Some(Finding::missing(
                 format!("there is no /dev/iommu: {why}"),
-                "set host-iommu = \"type1\", or boot a kernel that has it",
+                format!("{}, or boot a kernel that has it", use_type1(config)),
             ));
         }
         return Some(
             Finding::missing(
                 "there is no /dev/iommu",
-                "load iommufd; if the kernel has none (CONFIG_IOMMUFD), set \
-                 host-iommu = \"type1\"",
+                format!(
+                    "load iommufd; if the kernel has none (CONFIG_IOMMUFD), {}",
+                    use_type1(config)
+                ),
             )
             .with_commands(vec!["modprobe iommufd".to_owned()]),
         );
@@ -57,9 +59,24 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
         let cause = open().err()?;
         Some(Finding::missing(
             format!("/dev/iommu cannot be opened: {cause}"),
-            "allow the device in the container, or set host-iommu = \"type1\"",
+            format!(
+                "allow the device in the container, or {}",
+                use_type1(config)
+            ),
         ))
     })
+}
+
+/// What an operator without iommufd changes in the file. Only an exported device can be the VMM's with type1.
+fn use_type1(config: &Config) -> String {
+    let mut devices = config.devices.passthrough.iter();
+    let is_shared = devices.any(|device| config.devices.exported_at(device.endpoint).is_none());
+    let export = if is_shared {
+        " and give each device an `export` path"
+    } else {
+        ""
+    };
+    format!("set host-iommu = \"type1\"{export}")
 }
 
 /// The finding if nobody takes the devices out of the VMM's process.
