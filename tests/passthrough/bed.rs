@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use iommufd_bindings::iommu_ioas_alloc;
 use iommufd_ioctls::{IommuFd, IommufdIoas};
+use rustix::process::{Pid, Signal, kill_process};
 use vfio_ioctls::{VfioDevice, VfioIommufd};
 use vhost_device_iommu::vfio::{Cdev, Container, Group};
 
@@ -78,7 +79,7 @@ pub struct Bed {
     /// Containers and devices that the daemon inherits.
     _opened: Vec<(Rc<Container>, Cdev)>,
     /// Takes files out of this process, which is the VMM.
-    _helper: Option<Helper>,
+    helper: Option<Helper>,
 }
 
 /// A running helper, and the folder of its socket.
@@ -358,7 +359,7 @@ impl Bed {
             stream,
             vmm,
             _opened: opened,
-            _helper: helper,
+            helper,
         }
     }
 
@@ -386,6 +387,23 @@ impl Bed {
         for name in &devices {
             Function::new(name).enable();
         }
+    }
+
+    /// Calls `run` while no helper answers, and starts another one.
+    pub fn without_helper(&mut self, run: impl FnOnce(&mut Self)) {
+        let mut helper = self.helper.take().expect("a helper");
+        let folder = std::mem::replace(&mut helper.folder, Helper::folder());
+        std::fs::remove_file(folder.path().join("adopt.sock")).expect("removed");
+        drop(helper);
+        run(self);
+        let config = self.daemon.folder().join("vm.toml");
+        self.helper = Some(Helper::start(folder, &config));
+    }
+
+    /// Stops the helper with SIGSTOP, or lets it go on with SIGCONT.
+    pub fn signal_helper(&self, signal: Signal) {
+        let helper = self.helper.as_ref().expect("a helper");
+        kill_process(Pid::from_child(&helper.child), signal).expect("it runs");
     }
 
     /// Connects another VMM with a new guest in the same memory.

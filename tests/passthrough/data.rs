@@ -1,5 +1,6 @@
 //! Real DMA: a device reaches exactly the memory that its domain maps.
 
+use rustix::process::Signal;
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
 use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, DmaSource, IommuFd};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
@@ -254,6 +255,29 @@ fn without_bypass_at_boot_a_device_is_blocked() {
         assert_eq!(bed.vm.guest.detach(1, endpoint(0)), OK);
         bed.write_is_blocked(TARGET);
     }
+}
+
+/// The helper answers when the ATTACH that has asked it has failed.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_device_that_is_taken_over_late_is_where_its_endpoint_is() {
+    let mut bed = EduBed::new(Backend::TakenOver, "bypass = false");
+    let ep = endpoint(0);
+    bed.vm.disconnect();
+    bed.vm.without_helper(|vm| vm.replace_vmm(|| ()));
+    assert_eq!(bed.vm.daemon.endpoint(ep)["taken_over"], false);
+    bed.vm.signal_helper(Signal::STOP);
+    assert_ne!(bed.vm.guest.attach(1, ep), OK);
+    assert_eq!(bed.vm.daemon.endpoint(ep)["taken_over"], false);
+    bed.vm.signal_helper(Signal::CONT);
+    let daemon = &bed.vm.daemon;
+    daemon.wait_for("the device", || daemon.endpoint(ep)["taken_over"] == true);
+    assert_eq!(daemon.endpoint(ep)["dma"], "blocked");
+    bed.write_is_blocked(TARGET);
+    assert_eq!(bed.vm.guest.attach(1, ep), OK);
+    assert_eq!(bed.vm.guest.map(1, 0, PAGE - 1, TARGET, RW), OK);
+    assert_eq!(bed.vm.guest.map(1, PAGE, 2 * PAGE - 1, SOURCE, READ), OK);
+    assert!(bed.copies(PAGE, 0, SOURCE, TARGET));
 }
 
 /// The guest maps the BAR of a device for another device.
