@@ -181,6 +181,11 @@ impl Page {
             "The number of this life of the daemon: one more each time a process takes the state of the one before over.",
         )?;
         self.line(name, &[("state", &life.inheritance.name())], life.number)?;
+        let name = "life_kept";
+        let meaning =
+            "Whether the next process can go on where this one ends, with all open connections.";
+        self.head(name, "gauge", meaning)?;
+        self.line(name, &[], u8::from(life.kept))?;
         let name = "life_lost";
         self.head(name, "gauge", "Things that this life could not take over.")?;
         self.line(name, &[], life.lost.len())?;
