@@ -405,6 +405,7 @@ impl DmaBackend for Iommufd {
             if let Some(domain) = made {
                 self.destroy_domain(domain);
             }
+            self.place_arrived(index);
         }
         self.renew_refusing(index);
         self.spaces.trust_again();

@@ -94,6 +94,20 @@ impl Iommufd {
         self.moved();
     }
 
+    /// Moves a group to its target after a failed switch: its files may have come with the request.
+    pub(super) fn place_arrived(&mut self, index: usize) {
+        let is_elsewhere = matches!(
+            self.groups[index].attachment(),
+            Attachment::Vmm | Attachment::Unknown
+        );
+        if self.vmm_files.is_some()
+            && is_elsewhere
+            && let Err(cause) = self.go_to_target(index)
+        {
+            self.stop(index, &cause);
+        }
+    }
+
     /// Moves a group to its target. In bypass mode it stays in the VMM's address space.
     fn go_to_target(&mut self, index: usize) -> Result<(), BackendError> {
         let attachment = self.attachment_for(index)?;

@@ -461,6 +461,18 @@ fn a_device_whose_file_was_lost_leaves_its_domain_only_with_the_file() {
                 (true, false)
             );
             assert_ne!(bed.space_of(B), Some(space));
+            // Its file comes with a request that fails.
+            bed.give(&[A]);
+            {
+                let mut state = bed.files.kernel.state();
+                let next = state.calls + 1;
+                state.fail.push((next, libc::ENOMEM));
+            }
+            bed.iommu
+                .attach(A, DomainId(2), false)
+                .expect_err("no memory");
+            assert!(bed.is_quarantined(A));
+            assert_eq!(bed.space_of(A), None, "it is blocked");
             continue;
         }
         assert_eq!(mapped, 1);
