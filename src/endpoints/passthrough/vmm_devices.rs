@@ -305,6 +305,22 @@ impl VmmDevices {
         answer.inspect_err(|_| self.counters.refused.inc())
     }
 
+    /// Opens what has arrived. Returns the devices that are of no use any more.
+    fn open_arrived(&self, state: &mut FilesState) -> Vec<Cdev> {
+        let Arrived {
+            iommufd,
+            devices: mut arrived,
+        } = std::mem::take(&mut state.arrived);
+        if let Some(iommufd) = iommufd {
+            self.iommufd.set(Some(iommufd));
+        }
+        let useless = self.devices.iter().filter_map(|device| {
+            let cdev = arrived.remove(&device.host)?;
+            device.cdev.open(cdev)
+        });
+        useless.collect()
+    }
+
     /// Takes files that have come, unless the VMM has gone meanwhile.
     fn take(&self, vmm: &Arc<OwnedFd>, found: FoundFiles) -> Result<(), String> {
         let mut state = self.state.lock();
@@ -427,30 +443,18 @@ impl VmmFiles for FilesOfVmm {
 
     fn accept(&self) {
         let devices = &self.0;
-        let mut state = devices.state.lock();
-        let Arrived {
-            iommufd,
-            devices: mut arrived,
-        } = std::mem::take(&mut state.arrived);
-        if let Some(iommufd) = iommufd {
-            devices.iommufd.set(Some(iommufd));
-        }
-        let useless = devices.devices.iter().filter_map(|device| {
-            let cdev = arrived.remove(&device.host)?;
-            device.cdev.open(cdev)
-        });
-        let useless: Vec<_> = useless.collect();
-        drop(state);
+        let useless = devices.open_arrived(&mut devices.state.lock());
         if !useless.is_empty() {
             devices.close(Order::Close(useless, None, None));
         }
     }
 
     fn release(&self) {
-        self.accept();
         let devices = &self.0;
         let mut state = devices.state.lock();
+        // Nothing arrives after that.
         state.vmm = None;
+        let useless = devices.open_arrived(&mut state);
         let ours = state.iommufd.take();
         let taken = devices.devices.iter().filter_map(|device| {
             let cdev = device.cdev.give_up()?;
@@ -458,7 +462,7 @@ impl VmmFiles for FilesOfVmm {
             devices.keeper.drop_file(&kept::device_name(device.host));
             Some(cdev)
         });
-        let taken: Vec<_> = taken.collect();
+        let taken: Vec<_> = taken.chain(useless).collect();
         let iommufd = devices.iommufd.set(None);
         if ours.is_none() && taken.is_empty() {
             return;
