@@ -97,7 +97,7 @@ impl<'a> PlugAttempt<'a> {
         Self {
             keeper: keeping.keeper,
             own: [
-                device_name(host),
+                keeping.device_name(host),
                 keeping.iommufd_name(),
                 keeping.facts_name(),
             ],
@@ -162,30 +162,26 @@ mod tests {
     fn a_failed_attempt_drops_what_it_has_kept_and_nothing_else() {
         let (_manager, ours) = UnixDatagram::pair().expect("sockets");
         let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
-        let keep = |name: &str| {
+        let keep = |name: &String| {
             let file = OwnedFd::from(io::pipe().expect("a pipe").0);
             keeper.keep_as(name, file.as_fd()).expect("kept");
         };
         let host: HostAddress = "0000:65:00.0".parse().expect("an address");
         let endpoint = "01:00.0".parse().expect("an address");
-        let own = [
-            "vfio.0000-65-00.0",
-            "vfio.container.7",
-            "vfio.group.7",
-            "iommufd.0000-01-00.0",
-            "vfio.facts-0000-01-00.0",
-        ];
-        let before = ["vfio.container.8", "vfio.0000-66-00.0"];
-        let meanwhile = ["iommufd", "vfio.0000-67-00.0", "iommufd.0000-02-00.0"];
-        before.into_iter().for_each(keep);
         let keeping = DeviceKeeping::of_plugged(&keeper, endpoint, true);
+        let mut own = keeping.names_of(host, 7);
+        assert_eq!(own.len(), 5, "{own:?}");
+        own.sort_unstable();
+        let before = ["vfio.container.8", "vfio.0000-66-00.0"].map(String::from);
+        let meanwhile = ["iommufd", "vfio.0000-67-00.0", "iommufd.0000-02-00.0"].map(String::from);
+        before.iter().for_each(keep);
         for succeeds in [false, true] {
             let attempt = PlugAttempt::begin(&keeping, host);
-            own.into_iter().chain(meanwhile).for_each(keep);
+            own.iter().chain(&meanwhile).for_each(keep);
             let mut expected = [&before[..], &meanwhile[..]].concat();
             if succeeds {
                 attempt.succeed();
-                expected.extend(own);
+                expected.extend(own.clone());
             } else {
                 drop(attempt);
             }
