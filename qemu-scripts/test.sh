@@ -112,9 +112,9 @@ suite_guest() {
 }
 
 # The modules of the test program passthrough that test vfio-user and belong to the suite emulated.
-VFIO_USER_TESTS="export:: export_mapped:: mixed:: virtual_functions::"
+VFIO_USER_TESTS="export:: export_mapped:: igb:: mixed:: virtual_functions::"
 # Tests that the machine with VT-d leaves out; README.md gives the reason.
-NOT_ON_VTD="export::a_stock_guest"
+NOT_ON_VTD="export::a_stock_guest igb::a_stock_guest"
 # Measures, and needs a machine that does nothing else meanwhile.
 BY_HAND="register_speed::"
 # The tests for the machine whose VT-d has no snoop control.
@@ -145,7 +145,7 @@ wait_logged() {
 # in_l1 SUITE ARGUMENT...: runs the test program passthrough in L1, with VT-d and with AMD-Vi at the same time: the tests
 # wait for devices longer than they compute.
 in_l1() {
-    local suite=$1 iommu program without build=(cargo test --locked --test passthrough --no-run)
+    local suite=$1 iommu program test without build=(cargo test --locked --test passthrough --no-run)
     shift
     step "$suite: build" "${build[@]}"
     program=$(built_program passthrough "${build[@]}")
@@ -153,10 +153,11 @@ in_l1() {
         return
     fi
     for iommu in vtd amd; do
+        without=()
         if [ $iommu = vtd ]; then
-            without=(--skip "$NOT_ON_VTD")
-        else
-            without=()
+            for test in $NOT_ON_VTD; do
+                without+=(--skip "$test")
+            done
         fi
         start_logged "l1-$suite-$iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
             --log "$LOGS/l1-$suite-$iommu-console.log" -- \

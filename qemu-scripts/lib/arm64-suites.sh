@@ -40,7 +40,7 @@ arm64_guest_short() {
 }
 
 # Tests of the program passthrough that arm64 has no form of; docs/testing.md gives the reasons.
-NOT_ON_ARM64="coherency:: export::a_stock_guest export_mapped::each_bar nested:: taken_over::a_qemu
+NOT_ON_ARM64="coherency:: export::a_stock_guest export_mapped::each_bar igb:: nested:: taken_over::a_qemu
     register_speed:: virtual_functions::"
 # What the run for amd64 takes of the suite passthrough: DMA and domains by iommufd and by type1, the kernel's window for
 # interrupts, interrupts of an exported device, groups.

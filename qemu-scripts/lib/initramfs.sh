@@ -24,7 +24,7 @@ initramfs() {
     local kernel=$1 init=$SCRIPTS/guest/init key stage root release
     [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
     release=$(cat "$kernel/release")
-    key=$(initramfs_key "$kernel/modules" "$init" "$SCRIPTS/guest")
+    key=$(initramfs_key "$kernel/modules" "$kernel/cards" "$init" "$SCRIPTS/guest")
     INITRAMFS=$ARCH_CACHE/initramfs/$release-$key.cpio
     if [ -e "$INITRAMFS" ]; then
         touch "$INITRAMFS"
@@ -36,6 +36,8 @@ initramfs() {
     mkdir -p "$root"/{bin,lib/modules/viommu}
     guest_programs "$SCRIPTS/guest" "$root/bin"
     cp "$kernel"/modules/* "$root/lib/modules/viommu/"
+    # The kernel of L1 has no modules.
+    [ ! -e "$kernel/cards" ] || cp -r "$kernel/cards" "$root/lib/modules/"
     initramfs_pack "$stage" "$init"
 }
 

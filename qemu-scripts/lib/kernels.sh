@@ -11,6 +11,9 @@ KERNELS_DEFAULT_ARM64="stable newest stable-16k newest-16k"
 KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
 # The same for guests with an NVMe disk and ext4; guest/storage/load-storage loads them.
 STORAGE_MODULES="crc32c_generic nvme ext4"
+# The same for guests with Intel's 82576, a network card with virtual functions. Every initramfs has them, and a test
+# loads them.
+CARD_MODULES="igb igbvf"
 # A kernel whose configuration lacks one of these options cannot be a guest.
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
@@ -94,13 +97,13 @@ kernel_lacks() {
     done
 }
 
-# kernel_unpack DEBS TARGET: makes TARGET/{vmlinuz,config,release,lacks,modules/,storage/,versions} from the packages in
+# kernel_unpack DEBS TARGET: makes TARGET/{vmlinuz,config,release,lacks,modules/,storage/,cards/,versions} from the packages in
 # DEBS.
 kernel_unpack() {
     local debs=$1 target=$2 stage tree deb name
     stage=$(new_stage)
     tree=$stage/tree
-    mkdir -p "$tree" "$stage"/{modules,storage}
+    mkdir -p "$tree" "$stage"/{modules,storage,cards}
     for deb in "$debs"/*.deb; do
         dpkg-deb -x "$deb" "$tree"
     done
@@ -117,6 +120,9 @@ kernel_unpack() {
         done
         for name in $STORAGE_MODULES; do
             module_take "$tree" "$stage/storage" "$name"
+        done
+        for name in $CARD_MODULES; do
+            module_take "$tree" "$stage/cards" "$name"
         done
     fi
     apt_versions "$debs" >"$stage/versions"
@@ -136,7 +142,7 @@ kernel_ready() {
         guest_64k_ready
         return
     fi
-    dir=$ARCH_CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
+    dir=$ARCH_CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $CARD_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
     if [ ! -e "$dir/versions" ]; then
         debs=$ARCH_CACHE/kernels/debs/$request
         if [ ! -e "$debs/complete" ]; then

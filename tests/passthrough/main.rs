@@ -11,6 +11,7 @@
 )]
 
 mod bed;
+mod client;
 mod coherency;
 #[path = "../common/mod.rs"]
 pub mod common;
@@ -29,6 +30,7 @@ mod export_restarts;
 mod faults;
 mod hangs;
 mod host;
+mod igb;
 mod locked;
 mod mapped_bar;
 mod mixed;

@@ -1,56 +1,25 @@
 //! Resets between two clients of exported devices that cannot be reset alone: network cards behind one PCI bridge.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::vfio::{BusReset, Cdev, Container, DeviceAccess, Group};
 
+use crate::client::{BAR, COMMAND, CONFIG, Client, MEMORY};
 use crate::common::daemon::Daemon;
 use crate::common::kept::Keeper;
-use crate::connection::{Connection, REGION_READ, REGION_WRITE, VERSION, region, version_body};
 use crate::devices::Function;
 use crate::words;
 
-const BAR: u32 = 0;
-const CONFIG: u32 = 7;
-/// The command register, and its bit that switches the device's memory on.
-const COMMAND: u64 = 4;
-const MEMORY: u16 = 1 << 1;
 /// The base of the transmit ring of an e1000, which is 0 after a reset.
 const TDBAL: u64 = 0x3800;
 const MARK: u32 = 0x1234_5670;
 
-/// A client of an exported network card.
-struct Client(Connection);
-
 impl Client {
-    /// Connects and switches the card's memory on.
-    fn connect(path: &Path) -> Self {
-        let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
-        let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
-        let answer = connection.call(VERSION, &version_body(text), &[]);
-        assert_eq!(answer.errno(), 0);
-        let mut client = Self(connection);
-        client.write(CONFIG, COMMAND, &MEMORY.to_le_bytes());
-        client
-    }
-
-    fn write(&mut self, index: u32, at: u64, data: &[u8]) {
-        let body = region(at, index, data.len() as u32, data);
-        assert_eq!(self.0.call(REGION_WRITE, &body, &[]).errno(), 0);
-    }
-
     fn mark(&mut self) {
         self.write(BAR, TDBAL, &MARK.to_le_bytes());
         assert_eq!(self.load(TDBAL), MARK);
-    }
-
-    fn load(&mut self, at: u64) -> u32 {
-        let reply = self.0.call(REGION_READ, &region(at, BAR, 4, &[]), &[]);
-        assert_eq!((reply.errno(), reply.body.len()), (0, 20));
-        reply.u32_at(16)
     }
 }
 

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 
+use crate::client::{CONFIG, Client};
 use crate::common::daemon::Daemon;
-use crate::connection::{Connection, REGION_READ, VERSION, region, version_body};
 use crate::devices::Function;
 use crate::program::run;
 use crate::words;
@@ -13,7 +12,6 @@ use crate::words;
 /// The beginning of all tokens here.
 const SECRET: &str = "83c4a35e-90b1-4c5c";
 const OTHER: &str = "83c4a35e-90b1-4c5c-8e51-0a6b4f7d2e18";
-const CONFIG: u32 = 7;
 
 /// The card with one virtual function, which is removed on drop.
 struct Card {
@@ -87,14 +85,7 @@ impl Vm {
 
     /// The vendor and the device in the configuration space, as a client of the daemon reads them.
     fn identity(&self) -> u32 {
-        let path = self.folder.path().join("e");
-        let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
-        let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
-        let answer = connection.call(VERSION, &version_body(text), &[]);
-        assert_eq!(answer.errno(), 0);
-        let reply = connection.call(REGION_READ, &region(0, CONFIG, 4, &[]), &[]);
-        assert_eq!(reply.errno(), 0);
-        reply.u32_at(16)
+        Client::open(&self.folder.path().join("e")).read(CONFIG, 0)
     }
 }
 
