@@ -5,7 +5,6 @@ use serde::de::DeserializeOwned;
 use super::draft::{
     Draft, EmulatedDraft, EndpointDraft, MetricsDraft, ReadersDraft, RegionDraft, Scalar,
 };
-use crate::ids::VfToken;
 
 /// Reads a decimal or, after `0x`, hexadecimal number; `_` may stand between digits.
 pub(super) fn parse_number(text: &str) -> Option<u64> {
@@ -83,11 +82,14 @@ pub(super) fn syntax_message(message: &str, line: &str) -> String {
     }
 }
 
+/// As many hexadecimal digits and hyphens in a row may be a VF token, which has 36, with some of them missing.
+const LIKE_A_TOKEN: usize = 20;
+
 /// Whether a line of a configuration may have a VF token, also one under a mistyped key, or a mistyped one.
 fn may_have_secret(line: &str) -> bool {
-    let has_uuid = |text: &str| text.parse::<VfToken>().is_ok();
+    let is_other = |c: char| !c.is_ascii_hexdigit() && c != '-';
     line.to_ascii_lowercase().contains("token")
-        || line.split(['"', '\'', '=', ',', ' ']).any(has_uuid)
+        || line.split(is_other).any(|run| run.len() >= LIKE_A_TOKEN)
 }
 
 /// The message for an unknown key. `rest` is the key between backticks, and the keys that are known there.
