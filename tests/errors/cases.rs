@@ -1236,6 +1236,21 @@ pub const CASES: &[Case] = &[
         With("socket = 's'\nmemory = '1G'", &["libvirt-xml", "vm.toml"]),
     ),
     case(
+        "LibvirtError::Id",
+        With(
+            "socket = '/s'\nmemory = '1G'\nvfio-from = 'vmm'\nqmp = '/q'\n\
+             [[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\ndevice = 'nic0'",
+            &["libvirt-xml", "vm.toml"],
+        ),
+    ),
+    case(
+        "LibvirtError::Name",
+        With(
+            "name = 'a/b'\nsocket = '/s'\nmemory = '1G'",
+            &["libvirt-xml", "vm.toml"],
+        ),
+    ),
+    case(
         "LibvirtError::Character",
         With(
             "socket = '/s'\nmemory = '1G'",

@@ -388,7 +388,8 @@ pub(super) fn missing_helper(path: &Path, cause: impl fmt::Display) -> String {
     let path = path.display();
     format!(
         "no helper answers at {path}: {cause}; start one with `systemctl start vhost-device-iommu-adopt@NAME.socket`, or as root \
-         with `vhost-device-iommu adopt --config FILE --socket-path {path}`, before the VM"
+         with `vhost-device-iommu adopt --config FILE --socket-path {path}`, then restart the daemon if it is a service, before the \
+         VM starts"
     )
 }
 

@@ -45,6 +45,27 @@ pub enum LibvirtError {
         /// The path.
         path: PathBuf,
     },
+    /// libvirt gives the device another ID, and the endpoint would stay blocked.
+    #[error(
+        "libvirt cannot give the device of endpoint {endpoint} the ID {id:?}; give `device = \"ua-NAME\"` with letters, \
+         digits, - and _, or {usual:?}, which it has without one"
+    )]
+    Id {
+        /// The endpoint.
+        endpoint: PciAddress,
+        /// Its `device`.
+        id: String,
+        /// The ID that libvirt gives the device by itself.
+        usual: String,
+    },
+    /// A name that no domain has.
+    #[error(
+        "libvirt takes no domain with the name {name:?}, because it has a /; set another `name`"
+    )]
+    Name {
+        /// The name.
+        name: String,
+    },
     /// A character that has no form in XML.
     #[error("{text:?} has a character that XML cannot have; use a path without it")]
     Character {

@@ -57,6 +57,11 @@ pub fn domain(config: &Config, table: &Path) -> Result<String, LibvirtError> {
         let endpoint = device.endpoint;
         return Err(LibvirtError::InheritedFiles { endpoint });
     }
+    check_ids(config, &hostdevs)?;
+    if config.name.contains('/') {
+        let name = config.name.clone();
+        return Err(LibvirtError::Name { name });
+    }
     let controllers = PciControllers::new(config, &hostdevs)?;
     let memory = config.memory.ok_or(LibvirtError::NoMemory)?;
     let arguments = beside_libvirt(config, |port| controllers.index(port).is_none())?;
@@ -186,6 +191,29 @@ fn machine(xml: &mut Xml, machine: Machine, table: &str) {
             xml.close();
         }
     }
+}
+
+/// Refuses an ID that libvirt would not give to a device. It takes those that begin with `ua-`, and otherwise numbers the
+/// devices.
+fn check_ids(config: &Config, hostdevs: &[Passthrough]) -> Result<(), LibvirtError> {
+    for (number, device) in hostdevs.iter().enumerate() {
+        let mut named = config.named.iter();
+        let Some(named) = named.find(|it| it.endpoint == device.endpoint) else {
+            continue;
+        };
+        let id = &named.id;
+        let usual = format!("hostdev{number}");
+        let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+        let is_alias = id.starts_with("ua-") && id.bytes().all(is_inner);
+        if !is_alias && *id != usual {
+            return Err(LibvirtError::Id {
+                endpoint: device.endpoint,
+                id: id.clone(),
+                usual,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// A device of the host. The operator has bound it to vfio-pci before the daemon starts, so libvirt does not manage it.

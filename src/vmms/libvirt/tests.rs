@@ -291,6 +291,15 @@ fn what_libvirt_cannot_have_is_refused_with_a_cure() {
             format!("{VM}vfio-from = 'vmm'\n{mixed}"),
             "port 00:02.0 are a device",
         ),
+        (
+            format!("{VM}vfio-from = 'vmm'\nqmp = '/q'\n{device}device = 'nic0'\n"),
+            "or \"hostdev0\"",
+        ),
+        (
+            format!("{VM}vfio-from = 'vmm'\nqmp = '/q'\n{device}device = 'ua-nic.0'\n"),
+            "with letters, digits, - and _",
+        ),
+        (format!("{VM}name = 'a/b'\n"), "set another `name`"),
         (VM.replace("/run/", "run/"), "begins with /"),
         (format!("{VM}qmp = 'q'\n"), "begins with /"),
         (
@@ -318,6 +327,21 @@ fn what_libvirt_cannot_have_is_refused_with_a_cure() {
     for (path, cure) in [("t.viot", "begins with /"), ("/a:b", "has a colon")] {
         let error = domain(&config(VM), Path::new(path)).expect_err(path);
         assert!(error.to_string().contains(cure), "{error}");
+    }
+}
+
+#[test]
+fn ids_are_those_that_libvirt_gives() {
+    let text = |id: &str| {
+        format!(
+            "{VM}vfio-from = 'vmm'\nqmp = '/q'\n\
+             [[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\ndevice = '{id}'\n"
+        )
+    };
+    for (id, aliases) in [("ua-nic_0", 1), ("hostdev0", 0)] {
+        let xml = domain(&config(&text(id)), Path::new("/t.viot")).expect("a domain");
+        let document = Document::parse(&xml).expect("XML");
+        assert_eq!(children(&document, "alias").len(), aliases, "{id}");
     }
 }
 
