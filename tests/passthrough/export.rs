@@ -27,7 +27,7 @@ fn a_stock_guest_drives_an_exported_device() {
     }
 }
 
-/// Also with VT-d: the guest seldom traps.
+/// The same with a QEMU that has the device's descriptor. The machine with VT-d skips it, too.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn a_stock_guest_drives_an_exported_device_with_mapped_registers() {
