@@ -393,10 +393,14 @@ impl ServedDevice for ExportedDevice {
 
     /// The device has gone on by itself: its descriptor was kept.
     fn resume(&mut self, record: &[u8], files: &ClientFiles) -> io::Result<()> {
-        let record: ExportRecord = serde_json::from_slice(record).map_err(io::Error::other)?;
+        let record: io::Result<ExportRecord> =
+            serde_json::from_slice(record).map_err(io::Error::other);
+        // The client of a record that is refused may have the descriptor.
+        self.lending
+            .resume(record.as_ref().is_ok_and(|record| record.lent));
+        let record = record?;
         let windows = ClientWindows::resumed(&record.windows);
         self.windows = windows.ok_or_else(|| io::Error::other("its windows overlap"))?;
-        self.lending.resume(record.lent);
         self.irqs = ExportedIrqs::resumed(&record.irqs, &self.kinds, files)?;
         self.reserve();
         Ok(())

@@ -39,7 +39,7 @@ impl fmt::Display for Retained {
             Self::ByOther(cause) => write!(
                 f,
                 "no other client gets the device while a process of the last one may have its descriptor: {cause}; end \
-                 that process, or restart this daemon"
+                 that process"
             ),
             Self::Unknown => f.write_str(
                 "a process of the last client may still have the device's descriptor, because the daemon cannot close the \

@@ -83,7 +83,11 @@ fn reopen(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
     let mut pause = FIRST_PAUSE;
     for mark in MARKS.into_iter().cycle() {
         for device in devices {
-            device.mark(mark)?;
+            if device.mark(mark).is_err() {
+                // An earlier try has closed it, and could not open it.
+                device.open_again()?;
+                device.mark(mark)?;
+            }
         }
         reopen_once(devices)?;
         let mut is_open = false;

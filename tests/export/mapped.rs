@@ -13,7 +13,7 @@ use vhost_device_iommu::export::{ExportedDevice, HotResetRegistry};
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::vfio::BusReset;
-use vhost_device_iommu::vfio_user::server::ServedDevice;
+use vhost_device_iommu::vfio_user::server::{ClientFiles, ServedDevice};
 
 use crate::access::region_info;
 use crate::bed::{
@@ -261,4 +261,19 @@ fn a_device_that_was_left_is_closed_and_opened_before_the_first_client() {
             "{registers}, left: {is_left}"
         );
     }
+}
+
+/// Nobody knows then whether the client of the daemon before has the descriptor.
+#[test]
+fn a_client_whose_record_is_refused_may_have_the_descriptor() {
+    let (device, log) = device_of_group();
+    let registry = HotResetRegistry::default();
+    let offered = ExportedDevice::new("device".into(), Box::new(device)).expect("a device");
+    let offered = offered.lending(true).with_hot_reset(&registry, function(0));
+    let mut offered = offered.expect("registered");
+    offered
+        .resume(b"damaged", &ClientFiles::default())
+        .expect_err("refused");
+    offered.release();
+    assert_eq!(*log.lock().unwrap(), ["closed", "opened"]);
 }
