@@ -13,6 +13,8 @@
 #   --set NAME=TEXT an environment variable of the command; repeatable
 #   --devices       give the machine an emulated IOMMU (VT-d or SMMUv3) and two edu devices, bound to vfio-pci:
 #                   0000:00:10.0, 0000:00:11.0
+#   --libvirt       boot the Debian that has libvirt (see setup.sh --libvirt); amd64 only
+#   --kvm           load KVM's modules, so that VMs in the machine are not emulated twice; amd64 only
 #   --memory SIZE   default: 1G
 #   --processors N  default: 2
 #   --timeout S     stop the machine after so many seconds, status 124; default: 300
@@ -23,9 +25,10 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$SCRIPTS/lib/arch.sh"
 . "$SCRIPTS/lib/initramfs.sh"
+. "$SCRIPTS/lib/kernels.sh"
 . "$SCRIPTS/lib/debian-root.sh"
 
-arch=amd64 memory=1G processors=2 limit=300 log='' with_devices=no files=() variables=()
+arch=amd64 memory=1G processors=2 limit=300 log='' with_devices=no with_kvm=no disk=DEBIAN files=() variables=()
 while [ $# -gt 0 ]; do
     case $1 in
     --arch | --file | --set | --memory | --processors | --timeout | --log)
@@ -45,6 +48,8 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --devices) with_devices=yes ;;
+    --libvirt) disk=LIBVIRT ;;
+    --kvm) with_kvm=yes ;;
     -h | --help)
         usage
         exit 0
@@ -62,14 +67,15 @@ done
 
 cache_open
 arch_open "$arch"
-if [ -z "${VIOMMU_DEBIAN_DISK:-}" ] || [ "${VIOMMU_ARCH:-amd64}" != "$ARCH" ]; then
-    setup=$("$SCRIPTS/setup.sh" --arch "$ARCH" --debian --print)
+disk_variable=VIOMMU_${disk}_DISK
+if [ -z "${!disk_variable:-}" ] || [ "${VIOMMU_ARCH:-amd64}" != "$ARCH" ]; then
+    setup=$("$SCRIPTS/setup.sh" --arch "$ARCH" "--${disk,,}" --print)
     set -a
     eval "$setup"
     set +a
 fi
 # NAME:RELEASE:VMLINUZ:INITRAMFS, the oldest kernel first.
-IFS=: read -r _ _ kernel initramfs <<<"${VIOMMU_STORAGE_KERNELS%% *}"
+IFS=: read -r _ release kernel initramfs <<<"${VIOMMU_STORAGE_KERNELS%% *}"
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-debian-XXXXXX")
 qemu=''
@@ -89,6 +95,9 @@ console=${log:-$work/console}
 : >"$work/status"
 
 mkdir -p "$work/init/host"
+if [ $with_kvm = yes ]; then
+    kvm_modules "$release" "$work/kernel" "$work/init/kvm"
+fi
 for file in "${files[@]}"; do
     cp "$file" "$work/init/host/"
 done
@@ -131,7 +140,7 @@ fi
 mkfifo "$work/idle"
 # shellcheck disable=SC2153 # set up by setup.sh
 timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" "${DEBIAN_MACHINE[@]}" -m "$memory" -smp "$processors" \
-    -drive "file=$VIOMMU_DEBIAN_DISK,if=none,id=disk,format=raw,snapshot=on,cache=unsafe" \
+    -drive "file=${!disk_variable},if=none,id=disk,format=raw,snapshot=on,cache=unsafe" \
     -device nvme,drive=disk,serial=disk "${devices[@]}" \
     -chardev "file,id=console,path=$console" -chardev stdio,id=output,signal=off \
     -chardev "file,id=status,path=$work/status" "${ports[@]}" \

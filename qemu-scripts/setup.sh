@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/setup.sh [--arch ARCH] [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--promtool]
-#                              [--print]
+# Usage: qemu-scripts/setup.sh [--arch ARCH] [--kernels "KERNEL..."] [--host-kernel] [--debian] [--libvirt] [--firmware]
+#                              [--promtool] [--print]
 #
 # Fills a cache outside the tree with everything that the guest tests need: QEMU, iasl, busybox, Debian's stock
 # kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does not use the network.
@@ -17,6 +17,8 @@
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
+#   --libvirt       also install a second Debian, with libvirt and a QEMU of its own (amd64 only): 100 MB to download, four
+#                   minutes
 #   --firmware      also fetch a UEFI firmware (OVMF; arm64: AAVMF) and make a GRUB for it: 20 MB to download
 #   --promtool      also fetch promtool, which tests the alert rules of packaging/monitoring: 20 MB to download
 #   --print         also write CACHE/env to standard output
@@ -38,7 +40,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/debian-root.sh"
 
 arch=amd64 kernels=
-print=no host_kernel=no debian=no firmware=no promtool=no
+print=no host_kernel=no debian=no libvirt=no firmware=no promtool=no
 while [ $# -gt 0 ]; do
     case $1 in
     --arch)
@@ -53,6 +55,7 @@ while [ $# -gt 0 ]; do
         ;;
     --host-kernel) host_kernel=yes ;;
     --debian) debian=yes ;;
+    --libvirt) libvirt=yes ;;
     --firmware) firmware=yes ;;
     --promtool) promtool=yes ;;
     --print) print=yes ;;
@@ -67,6 +70,7 @@ done
 
 cache_open
 arch_open "$arch"
+[ $libvirt = no ] || [ "$ARCH" = amd64 ] || die "--libvirt is for amd64 only: leave out --arch $ARCH"
 if [ -z "$kernels" ]; then
     kernels=$KERNELS_DEFAULT
     [ "$ARCH" = amd64 ] || kernels=$KERNELS_DEFAULT_ARM64
@@ -131,6 +135,18 @@ if debian_root_there; then
     debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
 fi
 
+libvirt_entry=
+if [ "$ARCH" = amd64 ]; then
+    debian_root_with_libvirt
+    if [ $libvirt = yes ]; then
+        IFS=: read -r _ _ image storage <<<"${storage_entries[0]}"
+        debian_root_ready "$image" "$storage"
+    fi
+    if debian_root_there; then
+        libvirt_entry="VIOMMU_LIBVIRT_DISK=\"$DEBIAN_ROOT/disk\""
+    fi
+fi
+
 if [ $firmware = yes ]; then
     firmware_ready
 fi
@@ -162,6 +178,7 @@ VIOMMU_KERNELS="${entries[*]}"
 VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
 $debian_entry
+$libvirt_entry
 $firmware_entries
 $promtool_entry
 ENV

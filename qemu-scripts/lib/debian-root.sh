@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# Makes a disk with a clean Debian for a machine to boot from: Debian's essential packages, systemd and udev. dpkg
-# installs them, in a machine of its own. Needs no root.
+# Makes a disk with a clean Debian for a machine to boot from: Debian's essential packages, systemd and udev; a second disk
+# also has libvirt. dpkg installs them, in a machine of its own. Needs no root.
 
 DEBIAN_ROOT_SUITE=trixie
 DEBIAN_ROOT_SIZE=768M
@@ -13,6 +13,18 @@ gzip hostname init-system-helpers libc-bin login ncurses-base ncurses-bin perl-b
 systemd-sysv udev apparmor"
 # Seconds for dpkg's work under emulation, which takes a minute on an idle machine.
 DEBIAN_ROOT_LIMIT=900
+DEBIAN_ROOT_NOTE="a minimal Debian (about 33 MB)"
+# The release's libvirt, and the QEMU of its backports: the release's own has no generic vhost-user device.
+DEBIAN_LIBVIRT_PACKAGES="libvirt-daemon-system libvirt-clients qemu-system-x86/trixie-backports
+qemu-system-common/trixie-backports qemu-system-data/trixie-backports seabios/trixie-backports"
+
+# debian_root_with_libvirt: makes the disk with libvirt the one that all functions here mean from now on.
+debian_root_with_libvirt() {
+    DEBIAN_ROOT_SIZE=1536M
+    DEBIAN_ROOT_PACKAGES="$DEBIAN_ROOT_PACKAGES $DEBIAN_LIBVIRT_PACKAGES"
+    DEBIAN_ROOT_LIMIT=1800
+    DEBIAN_ROOT_NOTE="Debian with libvirt (about 100 MB)"
+}
 
 # debian_machine: sets DEBIAN_MACHINE, QEMU's arguments for a machine of ARCH without disks and ports (a later -smp
 # overrides the one here), and DEBIAN_APPEND, its kernel's arguments.
@@ -47,11 +59,11 @@ debian_root_ready() {
     local stage
     ! debian_root_there || return 0
     stage=$(new_stage)
-    say "downloading a minimal Debian (about 33 MB) ..."
+    say "downloading $DEBIAN_ROOT_NOTE ..."
     # shellcheck disable=SC2086 # a list
     apt_closure "$stage/debs" "$DEBIAN_ROOT_SUITE" $DEBIAN_ROOT_PACKAGES
     debian_root_stage "$stage"
-    say "installing it in a machine of its own, about a minute ..."
+    say "installing it in a machine of its own ..."
     debian_root_install "$stage" "$1" "$2"
     apt_versions "$stage/debs" >"$stage/versions"
     rm -rf "$stage"/{debs,root,initramfs,init,console}

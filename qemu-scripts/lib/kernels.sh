@@ -86,6 +86,18 @@ module_take() {
     echo "$plain" >>"$out/load-order"
 }
 
+# kvm_modules RELEASE TREE OUT: copies KVM's modules of a stock kernel for amd64 from its packages to OUT, with their order in
+# OUT/load-order. The emulated processor has AMD's virtualization. TREE is a directory for the packages' files.
+kvm_modules() {
+    local deb
+    mkdir -p "$2" "$3"
+    for deb in "$ARCH_CACHE"/kernels/debs/*/linux-*"$1"_*.deb; do
+        dpkg-deb --fsys-tarfile "$deb" | tar -C "$2" -x --wildcards '*/kvm*.ko*' '*/ccp.ko*' '*/irqbypass.ko*' 2>/dev/null || true
+    done
+    module_take "$2" "$3" kvm-amd
+    [ -s "$3/load-order" ] || die "the packages of the kernel $1 are no longer in $ARCH_CACHE/kernels/debs: remove $ARCH_CACHE/kernels/*, and run setup.sh again"
+}
+
 # kernel_lacks CONFIG: prints the first of KERNEL_OPTIONS that the configuration lacks.
 kernel_lacks() {
     local option
