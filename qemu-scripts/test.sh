@@ -17,6 +17,10 @@
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
 #                killed, watched
 #
+# One more suite runs only if it is named:
+#
+#   libvirt      in a Debian of its own, libvirt starts, resets and ends a VM whose guest drives a device of the host
+#
 #   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
 #                cross-built, and run under emulation. The run for amd64 leaves most of them out, because they take long
 #   --list       print the suites' names, run nothing
@@ -35,7 +39,9 @@ set -euo pipefail
 . "$SCRIPTS/lib/arm64-programs.sh"
 
 ALL_SUITES="unit hostile guest passthrough emulated restart operations"
-NEED_VM="guest passthrough emulated"
+# Suites that run only if they are named.
+MORE_SUITES="libvirt"
+NEED_VM="guest passthrough emulated libvirt"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
 
@@ -76,7 +82,7 @@ plain_tests() {
         name=${name%/main.rs}
         name=${name%.rs}
         case $name in
-        emulated | guest | hostile | kills | operations | passthrough | restart | '*') ;;
+        emulated | guest | hostile | kills | libvirt | operations | passthrough | restart | '*') ;;
         *) [[ " $OPERATIONS_TESTS " == *" $name "* ]] || echo "--test=$name" ;;
         esac
     done
@@ -206,25 +212,39 @@ suite_restart() {
 # Seconds for all tests in the Debian with systemd.
 DEBIAN_LIMIT=900
 
+# packaged PROGRAM: builds the package and the test program PROGRAM, as LOGS/PROGRAM. Sets PACKAGE; false if either is missing.
+packaged() {
+    local build=(cargo test --locked --test "$1" --no-run) program target=${CARGO_TARGET_DIR:-$TREE/target}
+    step "$1: build" "${build[@]}"
+    program=$(built_program "$1" "${build[@]}")
+    # A debug build suffices: no test here measures speed.
+    step "$1: package" packaging/deb.sh --binary "$target/debug/vhost-device-iommu" --output "$LOGS"
+    PACKAGE=$(find "$LOGS" -name '*.deb')
+    [ -n "$program" ] && [ -n "$PACKAGE" ] && strip -o "$LOGS/$1" "$program"
+}
+
 suite_operations() {
-    local build=(cargo test --locked --test operations --no-run) program package target=${CARGO_TARGET_DIR:-$TREE/target}
     local tests
     read -ra tests <<<"$OPERATIONS_TESTS"
     step "operations: a running daemon" cargo test --locked --no-fail-fast "${tests[@]/#/--test=}"
-    if [ $quick = yes ]; then
+    if [ $quick = yes ] || ! packaged operations; then
         return
     fi
-    step "operations: build" "${build[@]}"
-    program=$(built_program operations "${build[@]}")
-    # A debug build suffices: no test here measures speed.
-    step "operations: package" packaging/deb.sh --binary "$target/debug/vhost-device-iommu" --output "$LOGS"
-    package=$(find "$LOGS" -name '*.deb')
-    if [ -z "$program" ] || [ -z "$package" ]; then
-        return
-    fi
-    strip -o "$LOGS/operations" "$program"
     step "operations: services" "$SCRIPTS/debian.sh" --devices --timeout "$DEBIAN_LIMIT" --log "$LOGS/debian-console.log" \
-        --file "$package" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
+        --file "$PACKAGE" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
+}
+
+# Seconds for a VM that boots three times in an emulated machine.
+LIBVIRT_LIMIT=3600
+
+suite_libvirt() {
+    packaged libvirt || return 0
+    # The guest's kernel is the small one of the emulated host, which boots in half the time of a stock one.
+    cp "$VIOMMU_HOST_KERNEL" "$LOGS/vmlinuz"
+    cp "$VIOMMU_L2_INITRAMFS" "$LOGS/initramfs"
+    step "libvirt" "$SCRIPTS/debian.sh" --libvirt --devices --kvm --memory 2G --timeout "$LIBVIRT_LIMIT" \
+        --log "$LOGS/libvirt-console.log" --file "$PACKAGE" --file "$LOGS/libvirt" --file "$LOGS/vmlinuz" \
+        --file "$LOGS/initramfs" -- ./libvirt --ignored --test-threads=1 --nocapture
 }
 
 # suite_function SUITE: prints the function that runs the suite's part for the processor; nothing if there is none.
@@ -253,7 +273,7 @@ while [ $# -gt 0 ]; do
         ;;
     -*) die "unknown option '$1': see $0 --help" ;;
     *)
-        [[ " $ALL_SUITES " == *" $1 "* ]] || die "unknown suite '$1': give one of $ALL_SUITES"
+        [[ " $ALL_SUITES $MORE_SUITES " == *" $1 "* ]] || die "unknown suite '$1': give one of $ALL_SUITES $MORE_SUITES"
         suites+=("$1")
         ;;
     esac
@@ -270,7 +290,7 @@ if [ $list = yes ]; then
     exit 0
 fi
 for suite in "${suites[@]}"; do
-    [[ " ${all[*]} " == *" $suite "* ]] || die "the suite $suite has no part for $arch: give one of ${all[*]}"
+    [ -n "$(suite_function "$suite")" ] || die "the suite $suite has no part for $arch: give one of ${all[*]}"
 done
 if [ ${#suites[@]} -eq 0 ]; then
     suites=("${all[@]}")
@@ -301,6 +321,7 @@ if [ $quick = no ]; then
             ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian --promtool) ;;
+        libvirt) setup+=(--print --libvirt --host-kernel) ;;
         esac
     done
 fi
