@@ -226,7 +226,8 @@ fn hostdev(xml: &mut Xml, config: &Config, controllers: &PciControllers<'_>, dev
     xml.open("source", &[]);
     let host = device.host;
     let [bus, slot, function] = [host.bus(), host.device(), host.function()];
-    write_address(xml, host.domain(), bus, slot, function, &[]);
+    // Without the attribute `type`, which the schema refuses here.
+    write_address(xml, &[], host.domain(), bus, slot, function);
     xml.close();
     let mut named = config.named.iter();
     let id = named.find(|it| it.endpoint == device.endpoint);
@@ -248,16 +249,17 @@ fn address(xml: &mut Xml, config: &Config, controllers: &PciControllers<'_>, fun
     };
     let bus = controllers.bus(config, function).unwrap_or_default();
     let (slot, function) = (function.device(), function.function());
-    write_address(xml, 0, bus, slot, function, more);
+    write_address(xml, more, 0, bus, slot, function);
 }
 
+/// An address with the attributes `others` before its numbers.
 fn write_address(
     xml: &mut Xml,
+    others: &[(&str, &str)],
     domain: u32,
     bus: u8,
     slot: u8,
     function: u8,
-    more: &[(&str, &str)],
 ) {
     let numbers = [
         format!("0x{domain:04x}"),
@@ -266,9 +268,8 @@ fn write_address(
         format!("0x{function:x}"),
     ];
     let names = ["domain", "bus", "slot", "function"];
-    let mut attributes = vec![("type", "pci")];
+    let mut attributes = others.to_vec();
     attributes.extend(names.into_iter().zip(numbers.iter().map(String::as_str)));
-    attributes.extend(more);
     xml.empty("address", &attributes);
 }
 

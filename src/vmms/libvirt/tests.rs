@@ -158,6 +158,8 @@ fn devices_of_the_host_are_libvirts_and_keep_their_address() {
         .iter()
         .map(|source| {
             let address = source.first_element_child().expect("an address");
+            // libvirt's schema refuses the attribute here.
+            assert_eq!(address.attribute("type"), None);
             let names = ["domain", "bus", "slot", "function"];
             names
                 .map(|name| address.attribute(name).expect(name))
