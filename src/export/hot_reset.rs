@@ -258,8 +258,8 @@ impl RegisteredDevice {
     }
 
     /// Closes the device, whose client has gone, and opens it again. If no other process has it open, VFIO ends all that was
-    /// set up through its descriptors: interrupts, DMA buffers, events that write registers. Waits up to two seconds for
-    /// other processes, without holding up other devices longer than that.
+    /// set up through its descriptors: interrupts, DMA buffers, events that write registers. Waits for other processes, for up to
+    /// two seconds if it has not waited lately; all exported devices wait meanwhile.
     pub(super) fn take_back(&self) -> Takeback {
         let mut registry = self.registry.0.lock();
         let ResetRegistry { devices, thread } = &mut *registry;

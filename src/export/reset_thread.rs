@@ -6,9 +6,10 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::process::sandbox::{self, Role};
+use crate::process::wait_budget::WaitBudget;
 use crate::vfio::{BusReset, GroupFile};
 
 /// Sends jobs to the thread, which ends once this is dropped.
@@ -37,9 +38,10 @@ impl ResetThread {
     pub(super) fn start() -> io::Result<Self> {
         let (sender, jobs): (_, Receiver<Job>) = channel();
         sandbox::spawn(Role::Resets, move || {
+            let mut budget = WaitBudget::new(PATIENCE, Instant::now());
             while let Ok(job) = jobs.recv() {
                 // Cannot fail: the sender of the job waits for it.
-                let _ = job.outcome.send(job.reset.make());
+                let _ = job.outcome.send(job.reset.make(&mut budget));
             }
         })?;
         Ok(Self(sender))
@@ -59,13 +61,19 @@ impl ResetThread {
 }
 
 impl Reset {
-    fn make(self) -> io::Result<()> {
+    /// `budget` is that of all waits for other processes.
+    fn make(self, budget: &mut WaitBudget) -> io::Result<()> {
         match self {
             Self::Hot(device, groups) => {
                 let groups: Vec<_> = groups.iter().map(|group| (**group).as_fd()).collect();
                 device.hot_reset(&groups)
             }
-            Self::Reopen(devices) => reopen(&devices),
+            Self::Reopen(devices) => {
+                let wait = budget.allow(PATIENCE, Instant::now());
+                let outcome = reopen(&devices, wait.until);
+                budget.charge(&wait, Instant::now());
+                outcome
+            }
         }
     }
 }
@@ -73,13 +81,16 @@ impl Reset {
 /// Values of [`BusReset::mark`]: the hardware of a device can have one of them at most.
 const MARKS: [u8; 2] = [0x5a, 0xa5];
 /// The first pause before devices are closed and opened once more, because another process has them open. Each pause is
-/// twice the one before, up to the last: two seconds in all.
+/// twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LAST_PAUSE: Duration = Duration::from_millis(1024);
+/// How long another process may take to close devices. Clients choose how often that is tried, and all exported devices wait
+/// meanwhile, so the waits have a budget.
+const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Closes the devices and opens them again, until no other process has them open meanwhile. The process that keeps them for
-/// the next daemon was asked to close them, but does so in its own time: systemd leaves it to another process.
-fn reopen(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
+/// Closes the devices and opens them again, until no other process has them open meanwhile, or until `deadline`. The process
+/// that keeps them for the next daemon was asked to close them, but does so in its own time: systemd leaves it to another
+/// process.
+fn reopen(devices: &[Arc<dyn BusReset>], deadline: Instant) -> io::Result<()> {
     let mut pause = FIRST_PAUSE;
     for mark in MARKS.into_iter().cycle() {
         for device in devices {
@@ -97,7 +108,7 @@ fn reopen(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
         if !is_open {
             return Ok(());
         }
-        if pause > LAST_PAUSE {
+        if Instant::now() + pause > deadline {
             break;
         }
         std::thread::sleep(pause);
