@@ -61,7 +61,6 @@ impl Iommufd {
         let wanted = wanted_domains(adoption.endpoints);
         self.adopt_spaces(adoption, &wanted);
         self.end_requests_in_progress(adoption);
-        let misplaced = self.misplaced_groups(adoption);
         if !self.spaces.adopting {
             self.spaces.make_bypass_if_pinned();
         }
@@ -85,7 +84,7 @@ impl Iommufd {
             }
         }
         for index in 0..self.groups.len() {
-            let attached = if misplaced.contains(&index) {
+            let attached = if self.has_lost_files(index) {
                 Err(self.lost_files(index))
             } else {
                 self.attach_adopted(index)
@@ -104,11 +103,18 @@ impl Iommufd {
     }
 
     /// Uses the address spaces that can be used as they are, and condemns the others. Devices may be in these still.
+    ///
+    /// If the file of a device was lost, it is unknown which address space the device is in, and it cannot be taken out. So
+    /// none is used: all of them get emptied, and the device reaches nothing.
     fn adopt_spaces(&mut self, adoption: &Adoption<'_>, wanted: &BTreeSet<DomainId>) {
+        let mut groups = self.groups.iter();
+        let has_lost = self.vmm_files.is_some()
+            && groups.any(|group| group.is_verified() && !group.is_whole());
         let left = self.spaces.notes.get_mut().spaces();
         let count = |role| left.iter().filter(|(_, state)| state.role == role).count();
         for &(ioas, state) in &left {
-            let is_usable = state.is_whole
+            let is_usable = !has_lost
+                && state.is_whole
                 && !state.by_address
                 && adoption.is_memory_same
                 && count(state.role) == 1;
@@ -122,22 +128,6 @@ impl Iommufd {
                 }
             }
         }
-    }
-
-    /// The groups that [have lost their files](Self::has_lost_files), and that may be elsewhere than in the address space of
-    /// their target. The address spaces that are not taken over get emptied.
-    fn misplaced_groups(&self, adoption: &Adoption<'_>) -> BTreeSet<usize> {
-        let targets = adoption.endpoints.iter();
-        let misplaced = targets.filter(|(endpoint, target)| {
-            let is_there = match target {
-                Target::Domain(domain) => self.domains.contains_key(domain),
-                Target::Bypass => self.spaces.bypass().is_some(),
-                Target::Blocked => true,
-            };
-            !is_there || adoption.moving.contains(endpoint)
-        });
-        let groups = misplaced.filter_map(|(endpoint, _)| self.group_of.get(endpoint).copied());
-        groups.filter(|&index| self.has_lost_files(index)).collect()
     }
 
     /// Unmaps what requests in progress were mapping or unmapping.

@@ -25,7 +25,7 @@ impl Iommufd {
     }
 
     /// Whether devices of a group are in an address space of this iommufd, and their files were lost with an earlier process:
-    /// without them this process cannot take the devices out.
+    /// without them this process cannot take the devices out. [`Self::take_over`] has emptied the address space.
     pub(super) fn has_lost_files(&self, index: usize) -> bool {
         let group = &self.groups[index];
         self.vmm_files.is_some() && group.attachment() == Attachment::Unbound && group.is_verified()
@@ -36,8 +36,8 @@ impl Iommufd {
         BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
-                "{} cannot leave its address space: its file was lost with the daemon before, and has not come again from the \
-                 VMM; see that the helper answers",
+                "{} reaches no memory: its file was lost with the daemon before, and has not come again from the VMM; see that \
+                 the helper answers",
                 self.groups[index].names()
             ),
         }
