@@ -28,7 +28,7 @@ use crate::process::inherited::adopt;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{AddressSpaces, Attach, Cdev, IommuFd, VfioError, probe_allowed_iovas};
 
-/// How long the keeper may take to close a device, and how often the kernel is asked meanwhile.
+/// How long the keeper may take to close all devices, and how often the kernel is asked meanwhile.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 const CLOSE_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -80,6 +80,7 @@ pub(super) fn open(
     let mut devices = Vec::new();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
     let mut exported = Vec::new();
+    let mut close_deadline = None;
     let mut granule = 1;
     for passthrough in &config.devices.passthrough {
         let &Passthrough { endpoint, host, .. } = passthrough;
@@ -135,7 +136,8 @@ pub(super) fn open(
             }
             let bound = left.get(host).and_then(Option::as_ref);
             if was_left {
-                await_close(&iommufd, &cdev, passthrough.token.as_ref());
+                let end = close_deadline.get_or_insert_with(|| Instant::now() + CLOSE_PATIENCE);
+                await_close(&iommufd, &cdev, passthrough.token.as_ref(), *end);
             }
             let bound = bind_blocked(&iommufd, &cdev, passthrough, bound).map_err(failed)?;
             check_coherency(config, *passthrough, bound.is_coherent)?;
@@ -300,8 +302,7 @@ pub(super) fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> O
 
 /// Binds a device that the keeper has only just been told to close: it does so in its own time, and the kernel binds a device
 /// to one open file at a time. A device that cannot be bound is left to [`bind_blocked`].
-fn await_close(iommufd: &IommuFd, cdev: &Cdev, token: Option<&VfToken>) {
-    let end = Instant::now() + CLOSE_PATIENCE;
+fn await_close(iommufd: &IommuFd, cdev: &Cdev, token: Option<&VfToken>, end: Instant) {
     while !cdev.is_bound() && cdev.bind(iommufd, token).is_err() && Instant::now() < end {
         thread::sleep(CLOSE_INTERVAL);
     }
