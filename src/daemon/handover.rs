@@ -48,7 +48,7 @@ fn left_formats(config: &Config, changes: &EndpointChanges) -> BTreeMap<String, 
         (VMM, !is_pci),
         (CLIENTS, is_pci || !devices.exported.is_empty()),
         (EMULATED, !devices.emulated.is_empty()),
-        (CHANGES, !changes.is_empty()),
+        (CHANGES, !changes.is_empty() || changes.has_removals()),
     ] {
         if !is_used {
             left.remove(name);

@@ -196,16 +196,18 @@ fn machine(xml: &mut Xml, machine: Machine, table: &str) {
 /// Refuses an ID that libvirt would not give to a device. It takes those that begin with `ua-`, and otherwise numbers the
 /// devices.
 fn check_ids(config: &Config, hostdevs: &[Passthrough]) -> Result<(), LibvirtError> {
-    for (number, device) in hostdevs.iter().enumerate() {
+    let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    let mut numbered = 0;
+    for device in hostdevs {
         let mut named = config.named.iter();
-        let Some(named) = named.find(|it| it.endpoint == device.endpoint) else {
+        let id = named.find(|it| it.endpoint == device.endpoint);
+        let id = id.map(|named| &named.id);
+        if id.is_some_and(|id| id.starts_with("ua-") && id.bytes().all(is_inner)) {
             continue;
-        };
-        let id = &named.id;
-        let usual = format!("hostdev{number}");
-        let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
-        let is_alias = id.starts_with("ua-") && id.bytes().all(is_inner);
-        if !is_alias && *id != usual {
+        }
+        let usual = format!("hostdev{numbered}");
+        numbered += 1;
+        if let Some(id) = id.filter(|id| **id != usual) {
             return Err(LibvirtError::Id {
                 endpoint: device.endpoint,
                 id: id.clone(),

@@ -143,7 +143,7 @@ fn devices_of_the_host_are_libvirts_and_keep_their_address() {
     let text = format!(
         "{VM}vfio-from = 'vmm'\nqmp = '/run/q'\n\
          [[endpoint]]\naddress = '00:06.0'\nvfio = '0001:65:00.0'\ndevice = 'ua-nic'\n\
-         [[endpoint]]\naddress = '00:06.1'\nvfio = '66:1f.7'\ndevice = 'hostdev1'\n\
+         [[endpoint]]\naddress = '00:06.1'\nvfio = '66:1f.7'\ndevice = 'hostdev0'\n\
          [[endpoint]]\nport = '00:02.0'\nvfio = '67:00.0'\n"
     );
     let text = made(&text).expect("a domain");
@@ -345,6 +345,21 @@ fn ids_are_those_that_libvirt_gives() {
         let document = Document::parse(&xml).expect("XML");
         assert_eq!(children(&document, "alias").len(), aliases, "{id}");
     }
+}
+
+/// libvirt numbers the devices without an alias.
+#[test]
+fn an_alias_takes_no_number() {
+    let text = |id: &str| {
+        format!(
+            "{VM}vfio-from = 'vmm'\nqmp = '/q'\n\
+             [[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\ndevice = 'ua-nic'\n\
+             [[endpoint]]\naddress = '00:07.0'\nvfio = '66:00.0'\ndevice = '{id}'\n"
+        )
+    };
+    domain(&config(&text("hostdev0")), Path::new("/t.viot")).expect("a domain");
+    let error = refusal(&text("hostdev1"));
+    assert!(error.contains("or \"hostdev0\""), "{error}");
 }
 
 #[test]
