@@ -82,14 +82,17 @@ pub(super) fn syntax_message(message: &str, line: &str) -> String {
     }
 }
 
-/// As many hexadecimal digits and hyphens in a row may be a VF token, which has 36, with some of them missing.
-const LIKE_A_TOKEN: usize = 20;
+/// A value with as many hexadecimal digits may be a VF token, which has 32.
+const LIKE_A_TOKEN: usize = 16;
 
 /// Whether a line of a configuration may have a VF token, also one under a mistyped key, or a mistyped one.
 fn may_have_secret(line: &str) -> bool {
-    let is_other = |c: char| !c.is_ascii_hexdigit() && c != '-';
+    let is_like_token = |value: &str| {
+        let digits = value.bytes().filter(u8::is_ascii_hexdigit).count();
+        digits >= LIKE_A_TOKEN && digits * 4 >= value.len() * 3
+    };
     line.to_ascii_lowercase().contains("token")
-        || line.split(is_other).any(|run| run.len() >= LIKE_A_TOKEN)
+        || line.split(['"', '\'', '=', ',', '#']).any(is_like_token)
 }
 
 /// The message for an unknown key. `rest` is the key between backticks, and the keys that are known there.

@@ -75,7 +75,11 @@ fn a_vf_token_is_read_and_never_shown() {
         (format!("vf-token = {TOKEN}"), "correct the TOML"),
         (format!("vf-tokn = '{TOKEN}'"), "unknown key `vf-tokn`"),
         (format!("colour = '{TOKEN}'"), "unknown key `colour`"),
-        // One digit is missing, under a mistyped key.
+        // One digit is missing or wrong, under a mistyped key.
+        (
+            format!("colour = '{}o{}'", &TOKEN[..17], &TOKEN[18..]),
+            "unknown key `colour`",
+        ),
         (
             format!("colour = '{}'", &TOKEN[..35]),
             "unknown key `colour`",
