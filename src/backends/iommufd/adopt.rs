@@ -55,6 +55,9 @@ impl Iommufd {
         for group in &mut self.groups {
             if notes.has_group(group.number()) {
                 group.set_verified();
+                if self.vmm_files.is_some() {
+                    group.await_members(notes.members_of(group.number()));
+                }
             }
         }
         self.note_verified_groups();
@@ -104,12 +107,10 @@ impl Iommufd {
 
     /// Uses the address spaces that can be used as they are, and condemns the others. Devices may be in these still.
     ///
-    /// If the file of a device was lost, it is unknown which address space the device is in, and it cannot be taken out. So
-    /// none is used: all of them get emptied, and the device reaches nothing.
+    /// If the file of a device was lost, it is unknown which address space the device is in, and it cannot be taken out, nor
+    /// can the other devices of its group. So none is used: all of them get emptied, and these devices reach nothing.
     fn adopt_spaces(&mut self, adoption: &Adoption<'_>, wanted: &BTreeSet<DomainId>) {
-        let mut groups = self.groups.iter();
-        let has_lost = self.vmm_files.is_some()
-            && groups.any(|group| group.is_verified() && !group.is_whole());
+        let has_lost = (0..self.groups.len()).any(|index| self.has_lost_files(index));
         let left = self.spaces.notes.get_mut().spaces();
         let count = |role| left.iter().filter(|(_, state)| state.role == role).count();
         for &(ioas, state) in &left {

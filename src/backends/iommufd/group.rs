@@ -1,5 +1,7 @@
 //! Groups of devices that the host IOMMU cannot isolate from each other, and their common address space.
 
+use std::collections::BTreeSet;
+
 use crate::backends::group_target::common_target;
 use crate::backends::reach::refused;
 use crate::backends::{BackendError, BackendErrorKind, Target};
@@ -15,6 +17,9 @@ pub(super) struct DeviceGroup {
     attachment: Attachment,
     /// Whether the devices are known to be bound to this process's iommufd.
     verified: bool,
+    /// The devices that an earlier process had in this process's iommufd. While one of them is not bound here, the group
+    /// counts as unbound: Linux takes it out of its address space only with the last device.
+    awaited: BTreeSet<EndpointId>,
     /// The address spaces that an attach has failed to enter since [`Self::take_refusing`].
     refusing: Vec<u32>,
 }
@@ -82,6 +87,7 @@ impl DeviceGroup {
             members,
             attachment,
             verified: !shared,
+            awaited: BTreeSet::new(),
             refusing: Vec::new(),
         }
     }
@@ -179,6 +185,7 @@ impl DeviceGroup {
     pub(super) fn notice_binding(&mut self) {
         if self.attachment == Attachment::Unbound
             && self.members.iter().any(|m| m.attach.is_bound())
+            && !self.lacks_awaited()
         {
             self.attachment = if self.verified {
                 Attachment::Unknown
@@ -186,6 +193,48 @@ impl DeviceGroup {
                 Attachment::Vmm
             };
         }
+    }
+
+    /// Notes which devices of a verified group an earlier process had in this process's iommufd; `None` if that may be any of
+    /// them. If one of them is not bound here, the group counts as unbound.
+    pub(super) fn await_members(&mut self, bound_before: Option<BTreeSet<EndpointId>>) {
+        self.awaited = bound_before.unwrap_or_else(|| self.endpoints().collect());
+        if self.lacks_awaited() {
+            self.attachment = Attachment::Unbound;
+        }
+    }
+
+    /// Whether a device is not bound here that an earlier process had in this process's iommufd.
+    pub(super) fn lacks_awaited(&self) -> bool {
+        let bound: BTreeSet<_> = self.bound_endpoints().into_iter().collect();
+        !self.awaited.is_subset(&bound)
+    }
+
+    /// The names of the devices that [`Self::lacks_awaited`] tells of: the host's, or those of endpoints that the
+    /// configuration does not have any more.
+    pub(super) fn lacking(&self) -> String {
+        let bound = self.bound_endpoints();
+        let lacking = self.awaited.iter().filter(|e| !bound.contains(e));
+        let named = lacking.map(|endpoint| {
+            let mut members = self.members.iter();
+            let member = members.find(|member| member.endpoint == *endpoint);
+            member.map_or_else(
+                || format!("the former endpoint {endpoint}"),
+                |member| member.name.clone(),
+            )
+        });
+        named.collect::<Vec<_>>().join(", ")
+    }
+
+    /// The endpoints of its bound devices.
+    pub(super) fn bound_endpoints(&self) -> Vec<EndpointId> {
+        let bound = self.members.iter().filter(|m| m.attach.is_bound());
+        bound.map(|m| m.endpoint).collect()
+    }
+
+    /// Whether it has several devices.
+    pub(super) fn has_several(&self) -> bool {
+        self.members.len() > 1
     }
 
     /// Whether all of its devices are bound.
@@ -197,6 +246,7 @@ impl DeviceGroup {
     pub(super) fn forget_binding(&mut self) {
         self.attachment = Attachment::Unbound;
         self.verified = false;
+        self.awaited.clear();
         self.refusing.clear();
     }
 

@@ -132,8 +132,22 @@ impl Iommufd {
 
     /// Records which groups need no verification.
     fn note_verified_groups(&mut self) {
+        for index in 0..self.groups.len() {
+            self.note_group(index);
+        }
+    }
+
+    /// Records the group if it needs no verification any more, and which of its devices are bound if their files can come and
+    /// go one by one.
+    fn note_group(&mut self, index: usize) {
+        let group = &self.groups[index];
+        if !group.is_verified() {
+            return;
+        }
         let notes = self.spaces.notes.get_mut();
-        for group in self.groups.iter().filter(|group| group.is_verified()) {
+        if self.vmm_files.is_some() && group.has_several() {
+            notes.add_members(group.number(), &group.bound_endpoints());
+        } else {
             notes.add_group(group.number());
         }
     }
@@ -264,8 +278,7 @@ impl Iommufd {
             Ok(()) => Ok(false),
             Err(cause) if cause.raw_os_error() == Some(libc::EBUSY) => {
                 self.groups[index].set_verified();
-                let number = self.groups[index].number();
-                self.spaces.notes.get_mut().add_group(number);
+                self.note_group(index);
                 Ok(true)
             }
             Err(cause) => Err(refused("cannot verify a device's iommufd", &cause)),

@@ -8,7 +8,7 @@
 //! The anchor is an address space with a single mapping, at a random address. It shows that the numbers in the records are
 //! numbers of this iommufd.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::Arc;
@@ -33,6 +33,12 @@ const SPACE: u64 = 1;
 /// A host group whose devices are bound to this iommufd.
 const GROUP: u64 = 2;
 const ANCHOR: u64 = 3;
+/// The endpoint of a device in a host group of several that is bound to this iommufd. The state is the group's number.
+const MEMBER: u64 = 4;
+
+/// The state of a group each of whose bound devices has a record. Daemons that recorded no devices wrote the other one.
+const MEMBERS_KNOWN: u64 = 0;
+const MEMBERS_UNKNOWN: u64 = 1;
 
 /// The bits of an anchor's state: the page of its mapping, how many address spaces may have been lost, and whether one is
 /// being made or destroyed.
@@ -97,7 +103,8 @@ impl SpaceState {
 pub(super) struct SpaceNotes {
     ledger: Ledger,
     spaces: BTreeMap<u32, Noted>,
-    groups: BTreeMap<u32, Noted>,
+    /// Those of groups and of their devices, by object.
+    groups: BTreeMap<u64, Noted>,
     anchor: Option<Noted>,
 }
 
@@ -169,7 +176,7 @@ impl SpaceNotes {
             let number = u32::try_from(record.object & !(u64::MAX << KIND_SHIFT));
             match (record.object >> KIND_SHIFT, number) {
                 (SPACE, Ok(number)) => drop(self.spaces.insert(number, noted)),
-                (GROUP, Ok(number)) => drop(self.groups.insert(number, noted)),
+                (GROUP | MEMBER, Ok(_)) => drop(self.groups.insert(record.object, noted)),
                 (ANCHOR, Ok(_)) if self.anchor.is_none() => self.anchor = Some(noted),
                 _ => self.ledger.forget(&noted),
             }
@@ -327,17 +334,68 @@ impl SpaceNotes {
 
     /// Records that the devices of a host group are bound to this iommufd.
     pub(super) fn add_group(&mut self, number: u32) {
-        if !self.groups.contains_key(&number)
-            && let Some(noted) = self.ledger.note(GROUP << KIND_SHIFT | u64::from(number), 1)
-        {
-            self.groups.insert(number, noted);
+        if !self.has_group(number) {
+            self.add_to_groups(group_object(number), MEMBERS_UNKNOWN);
         }
+    }
+
+    /// Records which devices of a host group are bound to this iommufd, before any of them enters an address space. Those that
+    /// are recorded already stay so.
+    pub(super) fn add_members(&mut self, number: u32, endpoints: &[EndpointId]) {
+        let is_new = !self.has_group(number);
+        let mut are_known = is_new || self.members_of(number).is_some();
+        for endpoint in endpoints {
+            let object = MEMBER << KIND_SHIFT | u64::from(endpoint.0);
+            are_known &= self.add_to_groups(object, u64::from(number));
+        }
+        let state = if are_known {
+            MEMBERS_KNOWN
+        } else {
+            MEMBERS_UNKNOWN
+        };
+        if is_new {
+            self.add_to_groups(group_object(number), state);
+        } else if let Some(noted) = self.groups.get_mut(&group_object(number)) {
+            self.ledger.update(noted, state);
+        }
+    }
+
+    /// Records an object with a state. Returns whether it has that record now.
+    fn add_to_groups(&mut self, object: u64, state: u64) -> bool {
+        if let Some(noted) = self.groups.get_mut(&object) {
+            self.ledger.update(noted, state);
+            return true;
+        }
+        let noted = self.ledger.note(object, state);
+        let is_noted = noted.is_some();
+        self.groups.extend(noted.map(|noted| (object, noted)));
+        is_noted
     }
 
     /// Whether the devices of a host group are known to be bound to this iommufd.
     pub(super) fn has_group(&self, number: u32) -> bool {
-        self.groups.contains_key(&number)
+        self.groups.contains_key(&group_object(number))
     }
+
+    /// The endpoints of the devices of a host group that were bound to this iommufd; `None` if that is not known of all.
+    pub(super) fn members_of(&self, number: u32) -> Option<BTreeSet<EndpointId>> {
+        let group = self.groups.get(&group_object(number))?;
+        if group.state() != MEMBERS_KNOWN {
+            return None;
+        }
+        let members = self.groups.range(MEMBER << KIND_SHIFT..);
+        let members = members.filter(|(_, noted)| noted.state() == u64::from(number));
+        let endpoint = |object: &u64| u32::try_from(object & !(u64::MAX << KIND_SHIFT)).ok();
+        Some(
+            members
+                .filter_map(|(object, _)| endpoint(object).map(EndpointId))
+                .collect(),
+        )
+    }
+}
+
+fn group_object(number: u32) -> u64 {
+    GROUP << KIND_SHIFT | u64::from(number)
 }
 
 fn page_range(page: u64) -> Option<IovaRange> {

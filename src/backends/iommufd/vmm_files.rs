@@ -24,8 +24,8 @@ impl Iommufd {
         files.is_some_and(|files| !files.is_open())
     }
 
-    /// Whether devices of a group are in an address space of this iommufd, and their files were lost with an earlier process:
-    /// without them this process cannot take the devices out. [`Self::take_over`] has emptied the address space.
+    /// Whether devices of a group are in an address space of this iommufd, and the file of one of them or more was lost with an
+    /// earlier process: without it this process cannot take the group out. [`Self::take_over`] has emptied the address space.
     pub(super) fn has_lost_files(&self, index: usize) -> bool {
         let group = &self.groups[index];
         self.vmm_files.is_some() && group.attachment() == Attachment::Unbound && group.is_verified()
@@ -33,12 +33,15 @@ impl Iommufd {
 
     /// The refusal to switch a group that [has lost its files](Self::has_lost_files).
     pub(super) fn lost_files(&self, index: usize) -> BackendError {
+        let group = &self.groups[index];
+        let lacking = group.lacking();
         BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
-                "{} reaches no memory: its file was lost with the daemon before, and has not come again from the VMM; see that \
-                 the helper answers",
-                self.groups[index].names()
+                "no device of host group {} ({}) reaches memory: the file of {lacking} was lost with the daemon before, and has \
+                 not come again from the VMM; see that the helper answers, or start the VM anew",
+                group.number(),
+                group.names()
             ),
         }
     }
@@ -78,6 +81,8 @@ impl Iommufd {
         for index in 0..self.groups.len() {
             let has_come = self.groups[index].attachment() == Attachment::Unbound;
             self.groups[index].notice_binding();
+            // A device that comes to an attached group can enter an address space from now on.
+            self.note_group(index);
             let is_elsewhere = match self.groups[index].attachment() {
                 Attachment::Vmm => true,
                 Attachment::Unknown => has_come,

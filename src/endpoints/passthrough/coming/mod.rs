@@ -12,7 +12,7 @@ use crate::backends::testing::slot;
 use crate::backends::{BackendCapabilities, MemorySlot};
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, Iommu, Predecessor, RequestError, Settings};
-use crate::topology::{EndpointSpec, ReservedRegions, Topology};
+use crate::topology::{EndpointSpec, GroupName, ReservedRegions, Topology};
 use crate::vfio::fake::{FakeDevice, FakeKernel, FakeMemory};
 use crate::vfio::{AddressSpaces, Attach, DmaSource, VmmFiles};
 
@@ -34,6 +34,11 @@ struct Coming {
     /// A fetch ends before anything comes.
     is_slow: Arc<AtomicBool>,
     fetches: Arc<AtomicU32>,
+}
+
+/// The host's number of the group of an endpoint's device.
+fn group_of(endpoint: EndpointId, is_pair: bool) -> u32 {
+    if is_pair { A.0 } else { endpoint.0 }
 }
 
 fn bit(endpoint: EndpointId) -> u32 {
@@ -162,12 +167,14 @@ fn settings(bypass_at_boot: bool) -> Settings {
     }
 }
 
-fn topology() -> Topology {
+/// Both endpoints, in one group or not.
+fn topology(is_pair: bool) -> Topology {
+    let group = is_pair.then(|| GroupName::new("pair").expect("a name"));
     let spec = |endpoint: EndpointId| EndpointSpec {
         range: format!("00:{:02x}.0", endpoint.0 >> 3)
             .parse()
             .expect("an address"),
-        group: None,
+        group: group.clone(),
         reserved: Vec::new(),
     };
     let at = "00:01.0".parse().expect("an address");
@@ -175,17 +182,17 @@ fn topology() -> Topology {
 }
 
 /// Puts the backend of both devices behind the core.
-fn add_backend(iommu: &mut Iommu, files: &Coming, pinning: Pinning) {
+fn add_backend(iommu: &mut Iommu, files: &Coming, pinning: Pinning, is_pair: bool) {
     let bar = GpaRange::from_len(Gpa(0xf000_0000), 0x1000).expect("not empty");
     let device = |endpoint: EndpointId| PassthroughDevice {
         endpoint,
         name: format!("device {endpoint}"),
-        group: endpoint.0,
+        group: group_of(endpoint, is_pair),
         shared: true,
         attach: Box::new(ComingDevice {
             files: files.clone(),
             endpoint,
-            device: files.kernel.device(endpoint.0, endpoint.0),
+            device: files.kernel.device(endpoint.0, group_of(endpoint, is_pair)),
         }),
         memory: Arc::new(FakeMemory::at(1, bar)),
     };
@@ -201,27 +208,39 @@ fn add_backend(iommu: &mut Iommu, files: &Coming, pinning: Pinning) {
         .expect("added");
 }
 
-/// A VM whose VMM has bound two devices, each in a group of its own with the endpoint's number.
+/// A VM whose VMM has bound two devices, each in a group of its own with the endpoint's number, or both in the group of the
+/// first.
 struct Bed {
     files: Coming,
     iommu: Iommu,
     /// The VMM's address spaces.
     vmm: Vec<u32>,
     pinning: Pinning,
+    is_pair: bool,
     ram: MemorySlot,
 }
 
 impl Bed {
     fn new(pinning: Pinning, bypass: bool) -> Self {
+        Self::with_devices(pinning, bypass, false)
+    }
+
+    /// Both devices are in one group.
+    fn of_pair(pinning: Pinning) -> Self {
+        Self::with_devices(pinning, true, true)
+    }
+
+    fn with_devices(pinning: Pinning, bypass: bool, is_pair: bool) -> Self {
         let files = Coming::default();
-        let mut iommu = Iommu::new(settings(bypass), topology()).expect("an arena");
+        let mut iommu = Iommu::new(settings(bypass), topology(is_pair)).expect("an arena");
         iommu.keep_journal();
-        add_backend(&mut iommu, &files, pinning);
+        add_backend(&mut iommu, &files, pinning, is_pair);
         let mut bed = Self {
             files,
             iommu,
             vmm: Vec::new(),
             pinning,
+            is_pair,
             ram: slot(RAM, 0x10_0000, 0),
         };
         bed.start_vmm();
@@ -232,9 +251,9 @@ impl Bed {
     fn die(&mut self, is_memory_same: bool) {
         let arena = self.iommu.arena().memory().clone();
         let store = self.iommu.store().memory().clone();
-        let mut next = Iommu::successor(settings(true), topology()).expect("an arena");
+        let mut next = Iommu::successor(settings(true), topology(self.is_pair)).expect("an arena");
         next.keep_journal();
-        add_backend(&mut next, &self.files, self.pinning);
+        add_backend(&mut next, &self.files, self.pinning, self.is_pair);
         next.connect();
         if !is_memory_same {
             self.ram = slot(RAM, 0x10_0000, 0);
@@ -251,7 +270,10 @@ impl Bed {
     /// A VMM connects, and has bound its devices. It gives none.
     fn start_vmm(&mut self) {
         self.files.gives.store(0, Ordering::Relaxed);
-        let bind = |endpoint: EndpointId| self.files.kernel.vmm_device(endpoint.0, endpoint.0).1;
+        let bind = |endpoint: EndpointId| {
+            let group = group_of(endpoint, self.is_pair);
+            self.files.kernel.vmm_device(endpoint.0, group).1
+        };
         self.vmm = vec![bind(A), bind(B)];
         self.iommu.connect();
     }
@@ -270,7 +292,8 @@ impl Bed {
     /// The address space of an endpoint's device.
     fn space_of(&self, endpoint: EndpointId) -> Option<u32> {
         let state = self.files.kernel.state();
-        state.groups.get(&endpoint.0).and_then(|(at, _)| *at)
+        let group = group_of(endpoint, self.is_pair);
+        state.groups.get(&group).and_then(|(at, _)| *at)
     }
 
     /// The address spaces that are not the VMM's.
