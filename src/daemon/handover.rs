@@ -39,8 +39,9 @@ pub(super) fn formats() -> BTreeMap<String, u64> {
         .into()
 }
 
-/// The formats of what a daemon with this configuration and these changes leaves.
-fn left_formats(config: &Config, changes: &EndpointChanges) -> BTreeMap<String, u64> {
+/// The formats of what a daemon with this configuration leaves. The record of changes is among them even if there are none:
+/// whoever finds one that it cannot read refuses the state.
+fn left_formats(config: &Config) -> BTreeMap<String, u64> {
     let mut left = formats();
     let devices = &config.devices;
     let is_pci = config.transport == VmmTransport::VirtioPci;
@@ -48,7 +49,6 @@ fn left_formats(config: &Config, changes: &EndpointChanges) -> BTreeMap<String, 
         (VMM, !is_pci),
         (CLIENTS, is_pci || !devices.exported.is_empty()),
         (EMULATED, !devices.emulated.is_empty()),
-        (CHANGES, !changes.is_empty() || changes.has_removals()),
     ] {
         if !is_used {
             left.remove(name);
@@ -83,7 +83,7 @@ pub(super) fn handover_with(
     offer.insert(ROOM.into(), room.to_string());
     Handover {
         program: program.filter(|path| path.is_absolute()),
-        formats: left_formats(config, changes),
+        formats: left_formats(config),
         offer,
         features: Device::offered_features(),
         endpoints: endpoints(config),
@@ -251,7 +251,7 @@ mod tests {
     fn changes_are_part_of_what_is_left() {
         let text = "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n";
         let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
-        assert!(!of_config(&config).formats.contains_key(CHANGES));
+        assert!(of_config(&config).formats.contains_key(CHANGES));
         let keys = "address = \"00:07.0\", group = \"g\"";
         let (with, range) = config.with_endpoint(keys).expect("added");
         let mut changes = EndpointChanges::default();

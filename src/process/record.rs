@@ -37,6 +37,8 @@ pub struct RecordFormat {
     pub magic: [u8; 8],
     /// The version of the bytes.
     pub version: u64,
+    /// The oldest version whose bytes are read as those of `version`.
+    pub oldest: u64,
     /// The memfd's name, which `/proc` shows.
     pub name: &'static str,
 }
@@ -74,7 +76,7 @@ impl Record {
     }
 
     /// Reads the record that an earlier process has left, and goes on with its memfd. `None` as the contents if that process
-    /// has recorded nothing.
+    /// has recorded nothing. A memfd of an older version that can be read becomes one of this version.
     ///
     /// # Errors
     /// The record does not add up. It is then refused as a whole.
@@ -89,7 +91,8 @@ impl Record {
         if word(&header, 0) != Some(u64::from_ne_bytes(format.magic)) {
             return Err(refused("it is not a record"));
         }
-        if word(&header, VERSION_AT) != Some(format.version) {
+        let version = word(&header, VERSION_AT).unwrap_or(0);
+        if !(format.oldest..=format.version).contains(&version) {
             return Err(refused("another version of the daemon has written it"));
         }
         let slots = [0, 1].into_iter().filter_map(|slot| read_slot(&file, slot));
@@ -98,6 +101,9 @@ impl Record {
         // The mark is written after its record, so that record must be there.
         if mark >> 2 > newest.as_ref().map_or(0, |(number, _)| *number) {
             return Err(refused("its newest slot is damaged"));
+        }
+        if version != format.version {
+            file.write_all_at(&format.version.to_ne_bytes(), VERSION_AT)?;
         }
         let Some((number, bytes)) = newest else {
             return Ok((Self { file, number: 0 }, None));
@@ -194,6 +200,7 @@ mod tests {
     const FORMAT: RecordFormat = RecordFormat {
         magic: *b"iovatest",
         version: 7,
+        oldest: 6,
         name: "viommu-test",
     };
 
@@ -262,6 +269,30 @@ mod tests {
             .write_all_at(&[1; 9], slot_at(1))
             .expect("written");
         assert_eq!(adopted(&record).expect("nothing"), None);
+    }
+
+    #[test]
+    fn an_older_version_becomes_this_one() {
+        let mut record = record();
+        record.write(b"as before").expect("written");
+        let version = |record: &Record| {
+            let mut bytes = [0; 8];
+            let read = record.file.read_exact_at(&mut bytes, VERSION_AT);
+            read.expect("read");
+            u64::from_ne_bytes(bytes)
+        };
+        for older in [6u64, 5, 8] {
+            let written = record.file.write_all_at(&older.to_ne_bytes(), VERSION_AT);
+            written.expect("written");
+            let found = adopted(&record);
+            if older == 6 {
+                assert_eq!(found.expect("read"), left(b"as before", 0));
+                assert_eq!(version(&record), 7, "older programs refuse it");
+            } else {
+                found.expect_err("another version");
+                assert_eq!(version(&record), older, "it stays as it was");
+            }
+        }
     }
 
     #[test]

@@ -27,13 +27,15 @@ use crate::process::keeper::Keeper;
 use crate::process::record::{Record, RecordFormat, refused};
 use crate::topology::PciRange;
 
-/// The version of the contents.
-pub const VERSION: u64 = 1;
+/// The version of the contents. Version 1 could not say that removals were forgotten
+/// ([`EndpointChanges::has_removals`]); it is read, too.
+pub const VERSION: u64 = 2;
 /// The record's name at the keeper.
 pub const NAME: &str = "hotplug";
 const FORMAT: RecordFormat = RecordFormat {
     magic: *b"iovaplug",
     version: VERSION,
+    oldest: 1,
     name: "viommu-hotplug",
 };
 /// The mark of each record that was written.

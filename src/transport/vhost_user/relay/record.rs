@@ -16,6 +16,7 @@ pub const VERSION: u64 = 1;
 const FORMAT: RecordFormat = RecordFormat {
     magic: *b"iovavmm\0",
     version: VERSION,
+    oldest: VERSION,
     name: "viommu-vmm",
 };
 

@@ -26,6 +26,7 @@ pub const VERSION: u64 = 1;
 const FORMAT: RecordFormat = RecordFormat {
     magic: *b"iovaclnt",
     version: VERSION,
+    oldest: VERSION,
     name: "viommu-client",
 };
 /// The bytes before the device's state, after the number of these bytes.
