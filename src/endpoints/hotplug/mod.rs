@@ -1,18 +1,20 @@
 //! Adds and removes endpoints while the VM runs. The code that checks the configuration file also checks an
 //! added endpoint. Then the daemon opens the endpoint's device, and last the core adds the endpoint.
 
+mod adding;
+mod removing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use log::{info, warn};
+use log::warn;
 use thiserror::Error;
 
 use super::bound::ServedExport;
 use super::changes::{ChangeRecord, RecordError};
 use super::exported::drop_client;
-use super::kind::{OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin};
+use super::kind::{OpenDevice, PlugError};
 use super::kinds;
 use super::status::DeviceReport;
 use crate::config::{Config, ConfigError, DeviceKind, EndpointChanges};
@@ -21,12 +23,14 @@ use crate::export::HotResetRegistry;
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
-use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
+use crate::iommu::{AddError, Iommu, RemoveError};
 use crate::locks::{Mutex, Rank};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::process::socket::SocketFile;
 use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
+
+pub use self::adding::Added;
 
 /// Why an endpoint was not added or removed. Nothing has changed.
 #[derive(Debug, Error)]
@@ -52,16 +56,6 @@ pub enum HotplugError {
     /// The state of the process before is not taken over yet.
     #[error("the daemon still takes over from the one before; try again")]
     TakingOver,
-}
-
-/// An endpoint that was added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Added {
-    /// Its functions.
-    pub range: PciRange,
-    /// Whether the guest's VIOT table lists the functions: without it, the guest's driver does not know that
-    /// the IOMMU translates for them.
-    pub is_described: bool,
 }
 
 /// The open devices behind the endpoints. Adds and removes endpoints.
@@ -171,126 +165,6 @@ impl Hotplug {
         self.files.clone()
     }
 
-    /// Adds the endpoint that `text` describes, see [`Config::with_endpoint`].
-    ///
-    /// # Errors
-    /// See [`HotplugError`].
-    pub fn add(&self, text: &str) -> Result<Added, HotplugError> {
-        let mut vm = self.vm.lock();
-        self.check_settled()?;
-        let (with, range) = vm.config.with_endpoint(text)?;
-        let kind = with.devices.kind_of(range.first());
-        let mut opened = self.open(&with, range.first(), kind)?;
-        if let Err(cause) = self.publish(&mut vm.record, text, &with, range, &mut opened) {
-            let names = std::mem::take(&mut opened.kept);
-            drop(opened);
-            self.forget_names(range, names);
-            return Err(cause);
-        }
-        self.take_into_service(range.first(), kind, opened);
-        let is_described = with.topology.is_expected(range);
-        vm.config = with;
-        vm.record.finish_addition();
-        info!("endpoint {range} is added");
-        Ok(Added {
-            range,
-            is_described,
-        })
-    }
-
-    /// Records that an endpoint is being added, has the core add it, and serves its device. On an error, it is not there.
-    fn publish(
-        &self,
-        record: &mut ChangeRecord,
-        text: &str,
-        with: &Config,
-        range: PciRange,
-        opened: &mut OpenDevice,
-    ) -> Result<(), HotplugError> {
-        let info = with.topology.endpoint(range.first().endpoint_id());
-        let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
-            let group = info.and_then(|info| with.topology.group_name(info.group?));
-            let reserved = info.map(|info| info.reserved.clone());
-            (group.cloned(), reserved.unwrap_or_default())
-        });
-        let new = NewEndpoints {
-            range,
-            group: group.as_ref(),
-            reserved,
-            room: self.device.probe_room(),
-        };
-        self.forgo_unrecorded(record);
-        record.begin_addition(text, range)?;
-        // If the core refuses the backend, the error returns it, so that it is dropped after the core is unlocked:
-        // dropping it waits for its threads.
-        let added = match (opened.backend.take(), &opened.bound) {
-            // An exported device does no DMA before its server accepts a client, so its backend can be filled before
-            // the core has it. Another device may do DMA as soon as its backend lets it.
-            (Some(backend), Some(_)) => {
-                Iommu::add_filled(&self.iommu, &new, backend).map_err(|(cause, _)| cause)
-            }
-            (backend, _) => {
-                let added = self.iommu.lock().add_endpoints(new, backend);
-                added.map_err(|(cause, _)| cause)
-            }
-        };
-        if let Err(cause) = added {
-            record.abandon_addition(range);
-            return Err(cause.into());
-        }
-        if let Err(cause) = opened.serve() {
-            // The device has no client yet, so nobody uses the endpoint.
-            let unused = self.iommu.lock().remove_endpoints(range);
-            drop(unused);
-            record.abandon_addition(range);
-            return Err(PlugError::System(cause).into());
-        }
-        Ok(())
-    }
-
-    /// Removes endpoints. When this returns, their devices reach no memory.
-    ///
-    /// # Errors
-    /// See [`HotplugError`].
-    pub fn remove(&self, range: PciRange) -> Result<(), HotplugError> {
-        let mut vm = self.vm.lock();
-        self.check_settled()?;
-        let without = vm.config.without_endpoints(range)?;
-        let devices = vm.config.devices.iter();
-        for device in devices.filter(|device| range.contains(device.endpoint())) {
-            kinds::of(device.kind()).check_unplug(&vm.config)?;
-        }
-        // The lock of `vm` excludes other changes, so the removal below cannot fail.
-        self.iommu.lock().check_removal(range)?;
-        self.forgo_unrecorded(&vm.record);
-        vm.record.begin_removal(range)?;
-        let silent = self.end_servers(range);
-        let unused = match Iommu::remove_emptied(&self.iommu, range, &silent) {
-            Ok(unused) => unused,
-            Err(cause) => {
-                vm.record.abandon_removal();
-                return Err(cause.into());
-            }
-        };
-        vm.config = without;
-        let (reports, files, kept);
-        {
-            let mut parts = self.parts.lock();
-            kept = take_range(&mut parts.kept, range).concat();
-            reports = take_range(&mut parts.reports, range);
-            files = take_range(&mut self.files.lock(), range);
-        }
-        // A device that the VMM has brought stays open in the backend, whose other devices go on. The VMM may still have it.
-        let brought = reports.iter().flat_map(|report| &report.vmm_file);
-        brought.for_each(|file| drop(file.end()));
-        // Drops wait for threads, so `parts` must not be locked here.
-        drop((unused, reports, files));
-        vm.record.finish_removal(range);
-        self.forget_names(range, kept);
-        info!("endpoint {range} is removed");
-        Ok(())
-    }
-
     /// The state that the process before has left is taken over or refused: what was half removed is blocked there.
     pub fn taken_over(&self) {
         self.vm.lock().record.blocked();
@@ -329,55 +203,6 @@ impl Hotplug {
         if range.count() == 1 {
             drop_client(&self.keeper, range.first());
         }
-    }
-
-    /// Ends the servers of exported devices. Returns the endpoints whose devices do no DMA any more.
-    fn end_servers(&self, range: PciRange) -> BTreeSet<EndpointId> {
-        let servers = {
-            let mut parts = self.parts.lock();
-            let within = parts.servers.range(range.first()..=range.last());
-            let addresses: Vec<_> = within.map(|(at, _)| *at).collect();
-            addresses
-                .into_iter()
-                .zip(take_range(&mut parts.servers, range))
-        };
-        let mut silent = BTreeSet::new();
-        for (address, ServedExport { server, is_silent }) in servers {
-            // Waits for the server's thread, which releases the device.
-            drop(server);
-            if is_silent.load(Ordering::Acquire) {
-                silent.insert(address.endpoint_id());
-            }
-        }
-        silent
-    }
-
-    /// Opens the device of an endpoint, if it has one.
-    fn open(
-        &self,
-        config: &Config,
-        endpoint: PciAddress,
-        kind: Option<DeviceKind>,
-    ) -> Result<OpenDevice, PlugError> {
-        let Some(kind) = kind else {
-            return Ok(OpenDevice::default());
-        };
-        let opened = kinds::of(kind).plug(&Plug {
-            config,
-            endpoint,
-            faults: &self.reporter,
-            hot_resets: &self.hot_resets,
-            keeping: PlugKeeping {
-                keeper: &self.keeper,
-                life: &self.life,
-                origin: PlugOrigin::Here,
-                forgo_restart: &|| self.device.forgo_restart(),
-            },
-        })?;
-        if opened.reports_faults {
-            self.deliver_faults()?;
-        }
-        Ok(opened)
     }
 
     /// Reports the device of an endpoint from now on, and keeps its server and its socket's file.
@@ -420,13 +245,6 @@ impl Hotplug {
         }
         Ok(())
     }
-}
-
-/// Takes out the values of the endpoints in `range`.
-fn take_range<T>(map: &mut BTreeMap<PciAddress, T>, range: PciRange) -> Vec<T> {
-    let keys: Vec<_> = map.range(range.first()..=range.last()).collect();
-    let keys: Vec<_> = keys.into_iter().map(|(at, _)| *at).collect();
-    keys.iter().filter_map(|at| map.remove(at)).collect()
 }
 
 #[cfg(test)]
