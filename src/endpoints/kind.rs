@@ -19,7 +19,7 @@ use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
-use crate::topology::{GroupName, PciAddress, ReservedRegions};
+use crate::topology::{GroupName, PciAddress, ReservedRegions, Topology};
 use crate::vfio::VmmCdev;
 
 /// The operations of one kind of endpoint.
@@ -132,6 +132,20 @@ pub struct OpenDevice {
 }
 
 impl OpenDevice {
+    /// Takes out the group and the reserved regions of its endpoint: those of `topology` unless the host adds any.
+    pub(super) fn take_facts(
+        &mut self,
+        topology: &Topology,
+        endpoint: PciAddress,
+    ) -> (Option<GroupName>, ReservedRegions) {
+        self.facts.take().unwrap_or_else(|| {
+            let info = topology.endpoint(endpoint.endpoint_id());
+            let group = info.and_then(|info| topology.group_name(info.group?));
+            let reserved = info.map(|info| info.reserved.clone());
+            (group.cloned(), reserved.unwrap_or_default())
+        })
+    }
+
     /// Serves an exported device to the VMM's clients. Does nothing for another device.
     ///
     /// # Errors

@@ -272,12 +272,7 @@ impl AttachedDevices {
                 .transpose()
                 .map_err(|cause| cause.to_string())?
                 .unwrap_or_default();
-            let info = with.topology.endpoint(first.endpoint_id());
-            let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
-                let group = info.and_then(|info| with.topology.group_name(info.group?));
-                let reserved = info.map(|info| info.reserved.clone());
-                (group.cloned(), reserved.unwrap_or_default())
-            });
+            let (group, reserved) = opened.take_facts(&with.topology, first);
             let new = NewEndpoints {
                 range,
                 group: group.as_ref(),

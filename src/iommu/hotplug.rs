@@ -83,6 +83,9 @@ pub struct NewEndpoints<'a> {
     pub room: usize,
 }
 
+/// Why endpoints were not added, with the backend for the first one.
+type NotAdded = (AddError, Option<Box<dyn DmaBackend>>);
+
 impl Iommu {
     /// Adds endpoints, all of them unattached. Puts the first one behind `backend`, if there is
     /// one.
@@ -93,20 +96,12 @@ impl Iommu {
         &mut self,
         new: NewEndpoints<'_>,
         backend: Option<Box<dyn DmaBackend>>,
-    ) -> Result<(), (AddError, Option<Box<dyn DmaBackend>>)> {
-        if let Err(cause) = self.check_new(&new, backend.as_ref().map(|b| b.capabilities())) {
-            return Err((cause, backend));
-        }
-        if let Err(cause) = self
-            .topology
-            .add_with_regions(new.range, new.group, new.reserved)
-        {
-            return Err((cause.into(), backend));
-        }
-        let Some(backend) = backend else {
+    ) -> Result<(), NotAdded> {
+        let range = new.range;
+        let Some(backend) = self.admit(new, backend)? else {
             return Ok(());
         };
-        let endpoint = new.range.first().endpoint_id();
+        let endpoint = range.first().endpoint_id();
         let index = self.install_backend(backend);
         self.backend_of.insert(endpoint, index);
         let target = if self.vmm_present {
@@ -120,7 +115,7 @@ impl Iommu {
         self.backend_of.remove(&endpoint);
         let backend = self.remove_backend(index);
         // Cannot fail: the range was added above.
-        let _ = self.topology.remove(new.range);
+        let _ = self.topology.remove(range);
         Err((AddError::Backend(refusal.cause().clone()), Some(backend)))
     }
 
@@ -134,20 +129,32 @@ impl Iommu {
         &mut self,
         new: NewEndpoints<'_>,
         backend: Option<Box<dyn DmaBackend>>,
-    ) -> Result<(), (AddError, Option<Box<dyn DmaBackend>>)> {
-        if let Err(cause) = self.check_new(&new, backend.as_ref().map(|b| b.capabilities())) {
-            return Err((cause, backend));
-        }
-        if let Err(cause) = self
-            .topology
-            .add_with_regions(new.range, new.group, new.reserved)
-        {
-            return Err((cause.into(), backend));
-        }
-        if let Some(backend) = backend {
-            self.push_backend(backend, &[new.range.first().endpoint_id()]);
+    ) -> Result<(), NotAdded> {
+        let first = new.range.first().endpoint_id();
+        if let Some(backend) = self.admit(new, backend)? {
+            self.push_backend(backend, &[first]);
         }
         Ok(())
+    }
+
+    /// Checks new endpoints, and adds them to the topology. Returns the backend for the first one.
+    fn admit(
+        &mut self,
+        new: NewEndpoints<'_>,
+        backend: Option<Box<dyn DmaBackend>>,
+    ) -> Result<Option<Box<dyn DmaBackend>>, NotAdded> {
+        let can = backend.as_ref().map(|backend| backend.capabilities());
+        let admitted = self.check_new(&new, can).and_then(|()| {
+            let regions = new.reserved;
+            let added = self
+                .topology
+                .add_with_regions(new.range, new.group, regions);
+            added.map_err(AddError::from)
+        });
+        match admitted {
+            Ok(_) => Ok(backend),
+            Err(cause) => Err((cause, backend)),
+        }
     }
 
     /// Removes endpoints, all of one configured range. When this returns, none of them can reach

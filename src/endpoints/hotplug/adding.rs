@@ -57,12 +57,7 @@ impl Hotplug {
         range: PciRange,
         opened: &mut OpenDevice,
     ) -> Result<(), HotplugError> {
-        let info = with.topology.endpoint(range.first().endpoint_id());
-        let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
-            let group = info.and_then(|info| with.topology.group_name(info.group?));
-            let reserved = info.map(|info| info.reserved.clone());
-            (group.cloned(), reserved.unwrap_or_default())
-        });
+        let (group, reserved) = opened.take_facts(&with.topology, range.first());
         let new = NewEndpoints {
             range,
             group: group.as_ref(),
