@@ -3,10 +3,10 @@
 use log::{error, info, warn};
 
 use super::sandbox_needs::may_listen;
-use crate::config::{Config, EndpointChanges};
+use crate::config::{Config, Descriptors, EndpointChanges};
 use crate::device::execute::probe_room;
 use crate::endpoints::changes::{ChangeRecord, LeftChanges, LeftRecordError};
-use crate::endpoints::start::LateEndpoints;
+use crate::endpoints::start::{LateEndpoints, OpenedDevices, StartError};
 use crate::iommu::{GuestOffer, Iommu};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
@@ -18,6 +18,8 @@ pub(super) struct LeftEndpoints {
     /// The file's configuration without the endpoints that were removed.
     pub(super) file: Config,
     changes: EndpointChanges,
+    /// The file contradicts an addition, so another process may have a device open that the file names.
+    is_contradicted: bool,
     /// Endpoints that must be blocked: what became of them is unknown.
     pub(super) suspects: Vec<PciRange>,
     offer: Option<GuestOffer>,
@@ -32,6 +34,7 @@ impl LeftEndpoints {
             record: ChangeRecord::unkept(),
             file: file.clone(),
             changes: EndpointChanges::default(),
+            is_contradicted: false,
             suspects: Vec::new(),
             offer: None,
             refusal: None,
@@ -70,6 +73,7 @@ impl LeftEndpoints {
             error!("{text}");
             life.lose(text);
         };
+        self.is_contradicted = !applied.contradictions.is_empty();
         for contradiction in &applied.contradictions {
             lose(format!(
                 "{contradiction}; the guest's endpoint there is blocked: change the file back, or unplug the device and start \
@@ -115,6 +119,45 @@ impl LeftEndpoints {
         self.offer = left.offer;
     }
 
+    /// Leaves an exported device out that cannot be opened: `ctl` had added it otherwise than the file names it, and its client
+    /// may still have it. The endpoint counts as removed, also for later processes.
+    ///
+    /// # Errors
+    /// Returns `cause` if it has another reason, or concerns no exported device. Also if the configuration has descriptors,
+    /// which can be taken only once.
+    pub(super) fn leave_out(
+        &mut self,
+        cause: StartError,
+        keeper: &Keeper,
+        life: &Life,
+    ) -> Result<(), StartError> {
+        let Some((endpoint, host)) = cause.unopened() else {
+            return Err(cause);
+        };
+        let is_exported = self.file.devices.exported_at(endpoint).is_some();
+        if !self.is_contradicted || !is_exported || self.file.descriptors != Descriptors::default()
+        {
+            return Err(cause);
+        }
+        let range = PciRange::from(endpoint);
+        let Ok(without) = self.file.without_endpoints(range) else {
+            return Err(cause);
+        };
+        if self.changes.remove(range).is_err() {
+            return Err(cause);
+        }
+        self.file = without;
+        self.suspects.push(range);
+        OpenedDevices::forget_unopened(keeper, host);
+        let text = format!(
+            "endpoint {endpoint} is gone, because its device cannot be opened: {cause}; the client of the device that `ctl` had \
+             added may still have it: end that client and start the VM anew, or unplug the device and add the endpoint again"
+        );
+        error!("{text}");
+        life.lose(text);
+        Ok(())
+    }
+
     /// Tells a core with the backends of the file what it must know: the offer to the guest, and the endpoints that it must
     /// block. Returns the endpoints to add.
     pub(super) fn tell(&self, iommu: &mut Iommu) -> LateEndpoints {
@@ -133,5 +176,80 @@ impl LeftEndpoints {
             changes: self.changes.clone(),
             room: probe_room(size, iommu.topology()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+
+    use super::*;
+    use crate::endpoints::passthrough::PassthroughError;
+    use crate::process::keeper_testing::Manager;
+    use crate::vfio::VfioError;
+
+    const HOST: &str = "0000:65:00.0";
+
+    fn file(endpoints: &str) -> Config {
+        let text =
+            format!("socket = '/run/s'\naddress = '00:05.0'\nhotplug = ['00:06.0']\n{endpoints}");
+        Config::from_text(Path::new("vm.toml"), &text).expect("a configuration")
+    }
+
+    fn busy(endpoint: &str) -> StartError {
+        let cause = PassthroughError::Device {
+            host: HOST.parse().expect("an address"),
+            endpoint: endpoint.parse().expect("an address"),
+            source: VfioError {
+                problem: "cannot bind the device".into(),
+                source: io::Error::from_raw_os_error(libc::EINVAL),
+                cure: "see the kernel's log",
+            },
+        };
+        cause.into()
+    }
+
+    /// The client of the device that `ctl` has added has its descriptor, and the file names the device with other keys.
+    #[test]
+    fn a_device_that_a_former_client_has_open_is_left_out() {
+        let mut manager = Manager::new();
+        let life = Life::new(true);
+        let added = format!("address = '00:06.0', vfio = '{HOST}', export = '/run/a'");
+        let export = format!("vfio = '{HOST}'\nexport = '/run/b'\n");
+        let named = file(&format!("[[endpoint]]\naddress = '00:06.0'\n{export}"));
+        let keeper = manager.keeper();
+        let mut first = LeftEndpoints::find(&file(""), &keeper, &life);
+        let mut unchanged = LeftEndpoints::find(&named, &keeper, &life);
+        let refused = unchanged.leave_out(busy("00:06.0"), &keeper, &life);
+        refused.expect_err("nobody has added the device");
+        let range = "00:06.0".parse().expect("a range");
+        first.record.begin_addition(&added, range).expect("room");
+        first.record.finish_addition();
+
+        let keeper = manager.keeper();
+        let mut next = LeftEndpoints::find(&named, &keeper, &life);
+        assert_eq!(next.file.devices.passthrough.len(), 1);
+        let other = next.leave_out(busy("00:08.0"), &keeper, &life);
+        other.expect_err("no exported device");
+        let left_out = next.leave_out(busy("00:06.0"), &keeper, &life);
+        left_out.expect("the daemon starts without it");
+        assert_eq!(next.file.devices.passthrough.len(), 0);
+        assert!(
+            next.file
+                .topology
+                .endpoint(range.first().endpoint_id())
+                .is_none()
+        );
+        assert!(next.suspects.contains(&range));
+        let lost = life.lost().join("; ");
+        assert!(lost.contains("its device cannot be opened"), "{lost}");
+        let offer = r#"{"first":0,"last":65535,"page_sizes":4096,"probe_size":512}"#;
+        let offer = serde_json::from_str(offer).expect("an offer");
+        let settled = next.record.settled(next.changes, &next.suspects, offer);
+        settled.expect("written");
+        // The next one does not try again: the client may still have the device.
+        let later = LeftEndpoints::find(&named, &manager.keeper(), &life);
+        assert_eq!(later.file.devices.passthrough.len(), 0);
     }
 }

@@ -119,10 +119,16 @@ impl Daemon {
         let life = Life::new(keeper.is_present()).with_connections(keeper.unkept().clone());
         let life = Arc::new(life);
         discard_orphans(&keeper);
-        let left_endpoints = LeftEndpoints::find(config, &keeper, &life);
-        let config = &left_endpoints.file.clone();
+        let mut left_endpoints = LeftEndpoints::find(config, &keeper, &life);
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
-        let (topology, opened) = OpenedDevices::open(config, &keeper)?;
+        let (topology, opened) = loop {
+            match OpenedDevices::open(&left_endpoints.file, &keeper) {
+                Ok(opened) => break opened,
+                // One endpoint less with each round.
+                Err(cause) => left_endpoints.leave_out(cause, &keeper, &life)?,
+            }
+        };
+        let config = &left_endpoints.file.clone();
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config)?;
         let no_events = |source| DaemonError::System {

@@ -20,8 +20,8 @@ use super::hotplug::{ChangedVm, Hotplug};
 use super::kind::{OpenDevice, Plug, PlugKeeping, PlugOrigin};
 use super::kinds;
 use super::passthrough::{
-    DeviceKeeping, OpenedExport, PassthroughDevices, PassthroughError, VmmDevices, drop_devices,
-    end_stray_devices,
+    DeviceKeeping, OpenedExport, PassthroughDevices, PassthroughError, VmmDevices, device_name,
+    drop_devices, end_stray_devices,
 };
 use super::shadow::ShadowError;
 use super::{emulated, exported, shadow};
@@ -38,7 +38,7 @@ use crate::metrics::{AdoptionCounters, Metrics};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::shadow::{Registry, ShadowServer};
-use crate::topology::{PciAddress, PciRange, Topology};
+use crate::topology::{HostAddress, PciAddress, PciRange, Topology};
 
 /// Why the configured devices cannot be brought up.
 #[derive(Debug, Error)]
@@ -109,6 +109,18 @@ pub struct ServedDevices {
     pub adoption: Option<Arc<AdoptionCounters>>,
 }
 
+impl StartError {
+    /// The device of the host that cannot be opened, with its endpoint.
+    pub fn unopened(&self) -> Option<(PciAddress, HostAddress)> {
+        match *self {
+            Self::Passthrough(PassthroughError::Device { host, endpoint, .. }) => {
+                Some((endpoint, host))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl OpenedDevices {
     /// Opens the devices of the host. Also returns the topology of `config` with the groups and reserved regions
     /// of the host. Takes over the devices that the process before has left with the keeper.
@@ -132,6 +144,12 @@ impl OpenedDevices {
             vmm,
         };
         Ok((topology, opened))
+    }
+
+    /// Has the keeper close what a failed [`Self::open`] has kept of the device `host`. What it has kept of the other devices
+    /// is for the next attempt.
+    pub fn forget_unopened(keeper: &Keeper, host: HostAddress) {
+        keeper.drop_file(&device_name(host));
     }
 
     /// Adds all backends to the core. `life` says whether the state outlives this process. `metrics` counts the dropped faults of emulated devices, `keeper` keeps the

@@ -13,6 +13,7 @@ use crate::common::wire::{NOENT, OK, READ, RW};
 use crate::connection::{REGION_READ, SET_IRQS, irqs, region};
 use crate::edu_driver::{BAR, Driver, EDU_BUFFER, MASTER, PAGE};
 use crate::export::{command_of, is_raised};
+use crate::mapped_bar::LentRegion;
 use crate::words;
 
 /// Kills; the environment can ask for more.
@@ -219,6 +220,54 @@ fn contradicted_scenario(backend: Backend) {
 fn an_added_device_that_the_file_names_otherwise_is_opened_anew() {
     contradicted_scenario(Backend::Owned);
     contradicted_scenario(Backend::Type1);
+}
+
+/// The client of the added device has its descriptor, so nobody else can open the device, which the next daemon's file names with
+/// other keys.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn the_daemon_starts_without_a_device_that_a_former_client_has_open() {
+    let name = words("VIOMMU_EDU")[0].clone();
+    let mut keeper = Keeper::empty();
+    let keys = "hotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:08.0'\n";
+    let mut bed = Bed::kept_with(Backend::Owned, &[], keys, &keeper);
+    let folder = bed.daemon.folder().to_owned();
+    let (path, other) = (folder.join("edu"), folder.join("other"));
+    let add = |path: &Path| {
+        format!("add-endpoint address = '00:06.0', vfio = '{name}', export = {path:?}")
+    };
+    let added = bed
+        .daemon
+        .control(&format!("{}, registers = 'mapped'", add(&path)));
+    assert!(added["error"].is_null(), "{added}");
+    let emulated = 0x40;
+    assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+    assert_eq!(bed.guest.attach(2, emulated), OK);
+    assert_eq!(bed.guest.map(2, 0x1000, 0x1fff, HIGH_RAM, RW), OK);
+    let mut driver = Driver::connect(&path);
+    let region = LentRegion::ask(&mut driver.0, BAR).expect("BAR 0 can be mapped");
+
+    bed.daemon.kill();
+    keeper.take();
+    let file = folder.join("vm.toml");
+    let text = std::fs::read_to_string(&file).expect("the file");
+    let endpoint_of_file =
+        format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{name}'\nexport = {other:?}\n");
+    std::fs::write(&file, format!("{text}\n{endpoint_of_file}")).expect("written");
+    bed.daemon.start_again(&mut keeper);
+    let lost = bed.daemon.status()["life"]["lost"].to_string();
+    assert!(lost.contains("its device cannot be opened"), "{lost}");
+    for _ in 0..2 {
+        assert_eq!(bed.guest.attach(1, endpoint(0)), NOENT);
+        assert_eq!(command_of(&name) & MASTER, 0);
+        assert_eq!(bed.daemon.gpa_of(emulated, 0x1000), Some(HIGH_RAM));
+        bed.daemon.die(&mut keeper);
+        assert_eq!(bed.daemon.status()["life"]["lost"], serde_json::json!([]));
+    }
+    drop((driver, region));
+    let added = bed.daemon.control(&add(&other));
+    assert!(added["error"].is_null(), "{added}");
+    assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
 }
 
 /// The device narrows the addresses that the guest is offered. `ctl` removes it, and then it leaves the file, too.

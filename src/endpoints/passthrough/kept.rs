@@ -114,7 +114,7 @@ impl<'a> DeviceKeeping<'a> {
 }
 
 /// The name of the descriptor of a device of the start.
-pub(super) fn device_name(host: HostAddress) -> String {
+pub(in super::super) fn device_name(host: HostAddress) -> String {
     format!("vfio.{host}").replace(':', "-")
 }
 

@@ -33,7 +33,7 @@ use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
 pub use kept::DeviceKeeping;
-pub(super) use kept::client_name;
+pub(super) use kept::{client_name, device_name};
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 pub(super) use strays::{PlugAttempt, drop_devices};
 pub use strays::{discard_devices, end_stray_devices};
