@@ -11,6 +11,7 @@ pub(crate) mod fake;
 mod group;
 mod ioctl;
 mod iommufd;
+pub mod nesting;
 mod probe;
 mod regions;
 mod vmm_files;
