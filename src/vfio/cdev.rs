@@ -16,6 +16,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vm_memory::MmapRegion;
 
+use super::nesting::BoundDevice;
 use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
 use crate::ids::VfToken;
 use crate::locks::{Mutex, Rank};
@@ -115,12 +116,17 @@ impl Cdev {
     }
 
     /// Binds the device to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which also starts it. `token` is the secret that VFIO
-    /// asks for, if it asks for one.
+    /// asks for, if it asks for one. Returns the device's ID in the iommufd.
     ///
     /// # Errors
     /// The device is bound already, its group is in use, or VFIO wants another token, one at all, or none.
-    pub fn bind(&self, iommufd: &IommuFd, token: Option<&VfToken>) -> Result<(), VfioError> {
-        ioctl::bind_iommufd(self.as_fd(), iommufd, token).map_err(|source| VfioError {
+    pub fn bind(
+        &self,
+        iommufd: &IommuFd,
+        token: Option<&VfToken>,
+    ) -> Result<BoundDevice, VfioError> {
+        let bound = ioctl::bind_iommufd(self.as_fd(), iommufd, token);
+        bound.map(BoundDevice).map_err(|source| VfioError {
             problem: "cannot bind the device to iommufd".into(),
             cure: token_cure(&source, token.is_some()).unwrap_or(
                 "end the process that uses the device or its group, and see the kernel's log",

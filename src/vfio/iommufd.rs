@@ -24,7 +24,7 @@ const MAX_RANGES: usize = 1024;
 
 /// An open `/dev/iommu`.
 pub struct IommuFd {
-    kernel: iommufd_ioctls::IommuFd,
+    pub(super) kernel: iommufd_ioctls::IommuFd,
 }
 
 impl IommuFd {

@@ -58,6 +58,11 @@ pub fn ioctls_of_backends() -> Vec<u32> {
     numbers(ioctl::requests_of_backends())
 }
 
+/// The numbers of the ioctls of [`nesting`], beside those of [`ioctls_of_backends`].
+pub fn ioctls_of_nesting() -> Vec<u32> {
+    numbers(ioctl::requests_of_nesting())
+}
+
 /// The numbers of the ioctls that the server of an exported device makes.
 pub fn ioctls_of_exports() -> Vec<u32> {
     numbers(ioctl::requests_of_exports())

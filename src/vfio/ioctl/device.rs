@@ -52,16 +52,17 @@ pub(in crate::vfio) fn bind_argument(
     }
 }
 
+/// Returns the device's ID in the iommufd.
 pub(in crate::vfio) fn bind_iommufd(
     fd: BorrowedFd<'_>,
     iommufd: &impl AsRawFd,
     token: Option<&VfToken>,
-) -> io::Result<()> {
+) -> io::Result<u32> {
     let mut argument = bind_argument(iommufd.as_raw_fd(), token);
     // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing, or to the 16
     // bytes of a UUID, which are borrowed for the whole call and only read.
     unsafe { update(&fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
-    Ok(())
+    Ok(argument.out_devid)
 }
 
 /// The argument of `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.

@@ -8,6 +8,7 @@
 mod device;
 mod export;
 mod iommufd;
+mod nesting;
 mod type1;
 
 use std::ffi::{c_int, c_ulong};
@@ -44,6 +45,10 @@ pub(super) use self::export::{
     requests_of_bus_resets, requests_of_exports, reset, set_irqs,
 };
 pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges, set_compatibility_ioas};
+pub(super) use self::nesting::{
+    hw_info, hwpt_alloc, hwpt_invalidate, requests_of_nesting, vdevice_alloc, veventq_alloc,
+    viommu_alloc,
+};
 pub(super) use self::type1::{
     api_version, check_extension, group_device, group_set_container, group_status, map_dma,
     set_iommu, type1_info, unmap_dma,
