@@ -13,12 +13,17 @@
 //!   NestedTable (SMMUv3): a stream table entry, which names a context descriptor, which names the root
 //! ```
 //!
-//! For an SMMUv3 a device needs its vDEVICE before it is attached to a translating entry, and as long as it is.
+//! Each object is owned by a guard that destroys it when dropped, and keeps the objects above it. A device is attached to
+//! a [`NestedTable`] by its ID, with [`Attach`](super::Attach). The kernel destroys no table while a device is attached to
+//! it; a guard then logs the refusal, and the object lives until the iommufd is closed.
+//!
+//! For an SMMUv3 a device needs its [`VirtualDevice`] before it is attached to a translating entry, and as long as it is.
 
 pub(in crate::vfio) mod arguments;
 mod events;
 mod hardware;
 mod kernel;
+mod objects;
 mod smmu;
 
 use std::fmt;
@@ -31,6 +36,7 @@ use crate::address::{Gpa, Iova};
 
 pub use self::events::{SmmuEvent, SmmuEventClass, SmmuEventFile, SmmuEventKind, SmmuEvents};
 pub use self::hardware::{Granules, HardwareInfo, HardwareKind, SmmuHardware, VtdHardware};
+pub use self::objects::{EventQueue, NestParent, NestedTable, VirtualDevice, VirtualIommu};
 pub use self::smmu::{ContextDescriptor, SmmuCommand, StreamEntry};
 
 /// A device that is bound to the iommufd, by the ID that the kernel gave it.
@@ -124,6 +130,8 @@ pub struct InvalidationError {
 }
 
 /// The calls of an iommufd about nested translation (`linux/iommufd.h`). An ID names an object of the iommufd.
+///
+/// The guards of this module make the calls; a backend holds guards and no IDs.
 pub trait NestingKernel: Send + Sync {
     /// `IOMMU_GET_HW_INFO`.
     ///
