@@ -11,8 +11,10 @@
 #   --arch ARCH     amd64 (default) or arm64. L1 of arm64 has busybox's programs in place of this machine's, and runs
 #                   COMMAND with busybox's PATH: COMMAND is one of them, or a static program for arm64
 #   --iommu KIND    on amd64 vtd (default), vtd-scalable (first-stage tables), vtd-no-snoop (cannot enforce coherency)
-#                   or amd; on arm64 smmuv3 (default), smmuv3-stage2 (second-stage tables only), or smmuv3-two (both: one
-#                   for most devices, and one with the second stage for one iommu-testdev; implies --firmware)
+#                   or amd; on arm64 smmuv3 (default), smmuv3-stage2 (second-stage tables only), smmuv3-two (both: one
+#                   for most devices, and one with the second stage for one iommu-testdev; implies --firmware), or
+#                   smmuv3-nested (one below which iommufd nests tables: the firmware's IORT promises CANWBS; implies
+#                   --firmware; the first time L1 starts once more before, to read the IORT)
 #   --firmware      boot arm64 by UEFI, with ACPI tables. Default: by device tree
 #   --memory SIZE   default: 3G
 #   --cpus N        default: 2
@@ -33,6 +35,7 @@
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/coherent-iort.sh"
 
 # Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem, e1000, igb and its virtual functions.
 VFIO_IDS=1234:11e8,1b36:0005,1af4:1110,8086:100e,8086:10c9,8086:10ca
@@ -91,6 +94,7 @@ arm64)
     ;;
 *) die "unknown architecture '$arch': give amd64 or arm64" ;;
 esac
+l1_arguments=(--arch "$arch" --memory "$memory" --cpus "$cpus" "${devices[@]/#-device/--device}")
 case $arch:$iommu in
 amd64:vtd)
     iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=on
@@ -115,6 +119,11 @@ arm64:smmuv3) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested ;;
 arm64:smmuv3-two)
     iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested
     # A second root complex; only the firmware tells the kernel of it.
+    firmware=yes
+    ;;
+arm64:smmuv3-nested)
+    iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested
+    # A device tree has no CANWBS.
     firmware=yes
     ;;
 arm64:smmuv3-stage2) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=2 ;;
@@ -142,6 +151,25 @@ if [ $firmware = yes ]; then
     devices+=(-bios "$VIOMMU_UEFI")
 fi
 
+# The IORT names the buses of the machine, so it is read from one with the same devices.
+initramfs=$VIOMMU_L1_INITRAMFS
+if [ "$iommu" = smmuv3-nested ]; then
+    key=$({
+        cat "$0" "$SCRIPTS/lib/coherent-iort.sh"
+        echo "${VIOMMU_QEMU_VERSION:-}" "$VIOMMU_UEFI" "${l1_arguments[@]}"
+    } | sha256_of | cut -c 1-12)
+    coherent=$(dirname "$VIOMMU_L1_INITRAMFS")/iort-$key.cpio
+    if [ ! -e "$coherent" ]; then
+        iort=$(mktemp)
+        "$0" "${l1_arguments[@]}" --iommu smmuv3 --firmware --timeout "$limit" -- \
+            base64 /sys/firmware/acpi/tables/IORT | base64 -d >"$iort" || die "L1 could not read its IORT (output above)"
+        coherent_iort "$iort" "$coherent.$$"
+        mv "$coherent.$$" "$coherent"
+        rm "$iort"
+    fi
+    touch "$coherent"
+fi
+
 work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-l1-XXXXXX")
 work=$(readlink -f "$work")
 qemu=''
@@ -161,6 +189,10 @@ case $work in
 /dev/* | /proc/* | /run/* | /sys/*) die "the temporary directory '$work' is not visible in L1: set TMPDIR to one outside /dev, /proc, /run and /sys" ;;
 esac
 console=${log:-$work/console}
+if [ "$iommu" = smmuv3-nested ]; then
+    initramfs=$work/initramfs
+    cat "$coherent" "$VIOMMU_L1_INITRAMFS" >"$initramfs"
+fi
 
 # full_addresses SLOT...: prints the slots of the root bus as full PCI addresses.
 full_addresses() {
@@ -256,7 +288,7 @@ timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -n
     -chardev "file,id=status,path=$work/status" -device virtserialport,chardev=status,name=status \
     -chardev "file,id=console,path=${console//,/,,}" -serial chardev:console \
     "${devices[@]}" \
-    -kernel "$VIOMMU_HOST_KERNEL" -initrd "$VIOMMU_L1_INITRAMFS" \
+    -kernel "$VIOMMU_HOST_KERNEL" -initrd "$initramfs" \
     -append "$kernel_append l1.run=$work/run $append" \
     <>"$work/idle" 2>"$work/qemu" &
 qemu=$!
