@@ -20,7 +20,7 @@ impl Source {
 
     /// Whether the whole file is compiled for tests alone.
     pub fn is_test(&self) -> bool {
-        const TEST_ONLY: [&str; 10] = [
+        const TEST_ONLY: [&str; 13] = [
             "page_table/crash.rs",
             "device/plain_ring.rs",
             "device/testing.rs",
@@ -28,6 +28,9 @@ impl Source {
             "backends/testing.rs",
             "vfio/fake/checks.rs",
             "vfio/fake/mod.rs",
+            "vfio/fake/nesting/checks.rs",
+            "vfio/fake/nesting/iommu.rs",
+            "vfio/fake/nesting/mod.rs",
             "host/sysfs/fake.rs",
             "process/keeper_testing.rs",
             "vfio_user/kept/testing.rs",

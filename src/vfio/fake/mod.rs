@@ -7,6 +7,7 @@
 //! in L1 (`tests/passthrough/export.rs`, `resets.rs`).
 
 mod checks;
+pub(crate) mod nesting;
 mod token;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +21,7 @@ use std::time::Duration;
 use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FEATURE_CLEAR_MASTER, vfio_iommu_type1_dma_unmap};
 use vm_memory::{FileOffset, MmapRegion};
 
+use self::nesting::NestingState;
 use super::{
     AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1, cdev, container, ioctl, iommufd,
 };
@@ -73,6 +75,8 @@ pub(crate) struct KernelState {
     pub asleep: Vec<u32>,
     /// Calls that map wait here.
     pub gate: Option<Arc<MapGate>>,
+    /// The objects of nested translation.
+    pub nesting: NestingState,
 }
 
 /// A gate that calls wait at until it is opened.
@@ -122,11 +126,25 @@ impl KernelState {
         }
     }
 
+    /// The lowest number that no object has, as the kernel's.
+    fn free_id(&self) -> u32 {
+        let is_free = |id: &u32| !self.spaces.contains_key(id) && !self.nesting.has(*id);
+        (1..).find(is_free).expect("a free number")
+    }
+
+    /// The address space behind what a device is attached to.
+    fn space_behind(&self, id: u32) -> u32 {
+        self.nesting.space_of(id).unwrap_or(id)
+    }
+
     fn space(&mut self, id: u32) -> io::Result<&mut BTreeMap<u64, Area>> {
         self.spaces.get_mut(&id).ok_or_else(|| error(libc::ENOENT))
     }
 
     fn insert(&mut self, id: u32, areas: &[Area]) -> io::Result<()> {
+        for area in areas {
+            self.nesting.check_area(id, area)?;
+        }
         let space = self.space(id)?;
         for area in areas {
             if area.access == Access::NONE {
@@ -194,9 +212,10 @@ impl KernelState {
         *users = users.saturating_sub(1);
     }
 
-    /// Whether a device is attached to an address space of iommufd, which then has the alignment of the IOMMU's pages.
+    /// Whether an address space of iommufd has a page table, of a device that is attached or as a nest parent. It then has the
+    /// alignment of the IOMMU's pages.
     fn is_attached(&self, id: u32) -> bool {
-        self.groups.values().any(|(at, _)| *at == Some(id))
+        self.nesting.has_parent_of(id) || self.groups.values().any(|(at, _)| *at == Some(id))
     }
 
     /// `EINVAL` if one of `numbers` is not aligned as the address space wants it.
@@ -216,7 +235,8 @@ impl KernelState {
 
     /// `EINVAL` if a device in an address space reserves a part of `range` (`iopt_check_iova`).
     fn check_reserved(&self, id: u32, range: IovaRange) -> io::Result<()> {
-        let mut inside = self.groups.iter().filter(|(_, (at, _))| *at == Some(id));
+        let is_inside = |at: &Option<u32>| at.map(|at| self.space_behind(at)) == Some(id);
+        let mut inside = self.groups.iter().filter(|(_, (at, _))| is_inside(at));
         if inside.any(|(group, _)| self.is_reserved(*group, range)) {
             return Err(error(libc::EINVAL));
         }
@@ -227,10 +247,16 @@ impl KernelState {
     /// as the device wants them (`iopt_reserve_iova`, `iopt_table_add_domain`). A page table of another instance is no
     /// failure: the kernel makes one for each instance (`iommufd_device_auto_get_domain`).
     fn check_attach(&mut self, id: u32, group: u32) -> io::Result<()> {
+        let id = self.space_behind(id);
         let areas: Vec<_> = self.space(id)?.values().map(|a| a.range).collect();
         if areas.iter().any(|area| self.is_reserved(group, *area)) {
             return Err(error(libc::EADDRINUSE));
         }
+        self.check_aligned_space(id)
+    }
+
+    /// `EADDRINUSE` if an area is not aligned as a page table wants it.
+    fn check_aligned_space(&mut self, id: u32) -> io::Result<()> {
         let misaligned = |a: &Area| {
             let ends = a.range.first().0 | (a.range.span() + 1) | a.offset;
             ends & (checks::PAGE - 1) != 0
@@ -351,9 +377,7 @@ impl AddressSpaces for FakeKernel {
     fn alloc(&self) -> io::Result<u32> {
         let mut state = self.state();
         state.step()?;
-        // The lowest free number, as the kernel's.
-        let id = (1..).find(|id| !state.spaces.contains_key(id));
-        let id = id.expect("a free number");
+        let id = state.free_id();
         state.spaces.insert(id, BTreeMap::new());
         Ok(id)
     }
@@ -361,7 +385,8 @@ impl AddressSpaces for FakeKernel {
     fn destroy(&self, ioas: u32) -> io::Result<()> {
         let mut state = self.state();
         state.step()?;
-        if state.keeps_spaces || state.groups.values().any(|(at, _)| *at == Some(ioas)) {
+        let is_attached = state.groups.values().any(|(at, _)| *at == Some(ioas));
+        if state.keeps_spaces || is_attached || state.nesting.has_parent_of(ioas) {
             return Err(error(libc::EBUSY));
         }
         state.space(ioas)?;
@@ -469,6 +494,9 @@ impl Attach for FakeDevice {
         let (at, replaces) = (*at, devices.contains(&self.device));
         if replaces && at == Some(ioas) {
             return Ok(());
+        }
+        if state.nesting.has(ioas) {
+            state.nesting.check_attach(ioas, self.device)?;
         }
         if let Err(cause) = state.step() {
             if at != Some(ioas) {
