@@ -73,12 +73,13 @@ arm64_in_l1() {
 }
 
 arm64_passthrough() {
-    local tests skip=()
+    local tests skip=(--skip "$NESTING")
     for tests in $VFIO_USER_TESTS; do
         skip+=(--skip "$tests")
     done
     step "passthrough: build for arm64" arm64_cargo "${ARM64_L1_BUILD[@]}"
     arm64_in_l1 "passthrough: SMMUv3" -- "${skip[@]}"
+    arm64_in_l1 "passthrough: SMMUv3 that nests" --iommu smmuv3-nested -- "$NESTING"
     arm64_in_l1 "passthrough: SMMUv3, second stage" --iommu smmuv3-stage2 -- data:: moves::two_devices moves::probe
     arm64_in_l1 "passthrough: two SMMUs" --iommu smmuv3-two -- moves::two_devices moves::a_device_moves moves::removed \
         moves::a_disconnected moves::ten_thousand
@@ -97,4 +98,5 @@ arm64_passthrough_short() {
     step "passthrough: build for arm64" arm64_cargo "${ARM64_L1_BUILD[@]}"
     # shellcheck disable=SC2086 # a list
     arm64_in_l1 "passthrough: SMMUv3" -- $ARM64_PASSTHROUGH_FEW
+    arm64_in_l1 "passthrough: SMMUv3 that nests" --iommu smmuv3-nested -- "$NESTING"
 }

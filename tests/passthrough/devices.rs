@@ -127,6 +127,12 @@ impl Edu {
         }
     }
 
+    /// Sends an interrupt, and acknowledges it at the device.
+    pub fn interrupt(&self) {
+        self.store_u32(0x60, 1);
+        self.store_u32(0x64, 1);
+    }
+
     fn start(&self, from: u64, to: u64, len: u64, direction: u64) {
         self.store(0x80, from);
         self.store(0x88, to);
@@ -135,6 +141,13 @@ impl Edu {
     }
 
     fn store(&self, at: usize, value: u64) {
+        let registers = self.registers.as_volatile_slice();
+        registers
+            .store(value, at, std::sync::atomic::Ordering::Relaxed)
+            .expect("a register");
+    }
+
+    fn store_u32(&self, at: usize, value: u32) {
         let registers = self.registers.as_volatile_slice();
         registers
             .store(value, at, std::sync::atomic::Ordering::Relaxed)

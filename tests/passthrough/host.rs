@@ -23,7 +23,7 @@ pub fn host_iommu() -> HostIommu {
             Err(_) if cfg!(target_arch = "aarch64") => HostIommu::Smmu,
             Err(_) | Ok("vtd" | "vtd-scalable" | "vtd-no-snoop") => HostIommu::Vtd,
             Ok("amd") => HostIommu::Amd,
-            Ok("smmuv3" | "smmuv3-two") => HostIommu::Smmu,
+            Ok("smmuv3" | "smmuv3-two" | "smmuv3-nested") => HostIommu::Smmu,
             Ok("smmuv3-stage2") => HostIommu::SmmuStage2,
             Ok(other) => panic!("VIOMMU_L1 is `{other}`, an IOMMU that no test knows"),
         });

@@ -36,6 +36,7 @@ mod mapped_bar;
 mod mixed;
 mod moves;
 mod nested;
+mod nesting;
 mod program;
 mod records;
 mod register_speed;
