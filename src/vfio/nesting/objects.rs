@@ -99,6 +99,9 @@ impl VirtualIommu {
 }
 
 /// A device's name in the commands and events of a vIOMMU.
+///
+/// Drop it before the device's file is closed. Otherwise the kernel removes it by force, and its ID stays taken until the iommufd
+/// is closed.
 #[derive(Debug)]
 pub struct VirtualDevice {
     _object: Object,
