@@ -29,15 +29,16 @@ pub const STREAM: u32 = 0x42;
 const PAGES: u64 = 5;
 
 pub struct NestingBed {
+    // Dropped before the device is closed.
+    stream: Option<VirtualDevice>,
+    pub viommu: Arc<VirtualIommu>,
+    pub parent: Arc<NestParent>,
     pub edu: Edu,
     pub device: Cdev,
     pub iommufd: Arc<IommuFd>,
     pub bound: BoundDevice,
     ram: MmapRegion,
     table: MmapRegion,
-    stream: Option<VirtualDevice>,
-    pub viommu: Arc<VirtualIommu>,
-    pub parent: Arc<NestParent>,
 }
 
 impl NestingBed {
