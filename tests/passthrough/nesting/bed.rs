@@ -25,6 +25,8 @@ pub const TABLE: u64 = 0x70_0000_0000;
 const TABLE_SIZE: u64 = 0x10_0000;
 /// The stream ID in commands and events.
 pub const STREAM: u32 = 0x42;
+/// Bits of a pointer to a table that the SMMU ignores. The daemon's tables have a count there.
+const IGNORED_IN_POINTERS: u64 = 0x2a5 << 2;
 /// The pages of one [`Tables`]: a descriptor, and a table for each of four levels.
 const PAGES: u64 = 5;
 
@@ -106,7 +108,7 @@ impl NestingBed {
         for level in 1..4 {
             // All addresses of the tests are in the first gigabyte.
             let below = TABLE + tables.first + (level + 1) * PAGE;
-            tables.put(level, 0, below | 0b11);
+            tables.put(level, 0, below | IGNORED_IN_POINTERS | 0b11);
         }
         tables
     }
@@ -265,6 +267,11 @@ impl Leaf {
     /// Memory for reads and writes: AP[1], SH, nG; the access flag stays 0.
     pub fn at(address: u64) -> Self {
         Self(address | 1 << 6 | 3 << 8 | 1 << 11 | 0b11)
+    }
+
+    /// With all bits that the daemon's tables use for themselves (58 to 55), the access flag, PXN and UXN.
+    pub fn marked(self) -> Self {
+        Self(self.0 | 0xf << 55 | 1 << 10 | 3 << 53)
     }
 
     /// AP[2].

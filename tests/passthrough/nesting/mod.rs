@@ -131,6 +131,12 @@ fn blocks_and_read_only_leaves_mean_what_they_say() {
     bed.copy(0xa0_0000, 0xa0_0000 + 8 * PAGE);
     bed.expect(8, 1);
 
+    // Bits that the SMMU ignores, or that concern other accesses.
+    tables.store(0x9000, Leaf::at(page(1)).marked());
+    tables.store_block(0xc0_0000, Leaf::at(RAM).marked());
+    bed.copy(0x9000, 0xc0_0000 + 9 * PAGE);
+    bed.expect(9, 2);
+
     tables.store(0x8000, Leaf::at(page(1)).read_only());
     bed.copy(0x8000, 0xa0_0000 + 8 * PAGE);
     bed.expect(8, 2);
