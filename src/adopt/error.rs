@@ -25,9 +25,14 @@ pub enum AdoptError {
     /// The VM's file cannot be used.
     #[error("the file of the daemon's VM cannot be used: {0}")]
     File(#[from] ConfigError),
-    /// The VM's file does not name a device, or exports it.
+    /// The VM's file does not say that the daemon takes files over from the VMM.
     #[error(
-        "{file} has no endpoint with vfio = \"{host}\" and without `export`; correct the file, and start the daemon anew"
+        "{0} has no `vfio-from = \"vmm\"`, so its daemon takes nothing over from the VMM; add the key, and start the daemon anew"
+    )]
+    NotFromVmm(PathBuf),
+    /// The VM's file does not name a device.
+    #[error(
+        "{file} has no endpoint with vfio = \"{host}\"; correct the file, and start the daemon anew"
     )]
     NotNamed {
         /// The device.

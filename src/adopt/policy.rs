@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::AdoptError;
 use super::peer::PeerProcess;
-use crate::config::{Config, HostIommu};
+use crate::config::{Config, VfioFrom};
 use crate::topology::HostAddress;
 
 /// The service of a daemon, without the name of its instance.
@@ -44,11 +44,13 @@ impl Policy {
 /// Refuses devices that the VM's file does not let its VMM and its daemon share.
 pub(super) fn check_named(file: &Path, wanted: &[HostAddress]) -> Result<(), AdoptError> {
     let config = Config::from_file(file)?;
+    // Another VM's file may name the same device for `launch`. With this key the file exports none, and uses iommufd.
+    if config.vfio_from != VfioFrom::Vmm {
+        return Err(AdoptError::NotFromVmm(file.to_owned()));
+    }
     let is_shared = |host: HostAddress| {
         let mut devices = config.devices.passthrough.iter();
-        let device = devices.find(|device| device.host == host);
-        config.host_iommu == HostIommu::Iommufd
-            && device.is_some_and(|device| config.devices.exported_at(device.endpoint).is_none())
+        devices.any(|device| device.host == host)
     };
     match wanted.iter().find(|host| !is_shared(**host)) {
         None => Ok(()),

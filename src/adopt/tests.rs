@@ -149,7 +149,12 @@ impl Bed {
     }
 
     fn write(&self, endpoints: &str) {
-        let text = format!("address = '00:05.0'\n{endpoints}");
+        self.write_all(&format!("vfio-from = 'vmm'\n{endpoints}"));
+    }
+
+    /// Writes the file, without `vfio-from`.
+    fn write_all(&self, keys: &str) {
+        let text = format!("address = '00:05.0'\n{keys}");
         std::fs::write(&self.file, text).expect("written");
     }
 
@@ -275,22 +280,42 @@ fn devices_that_the_file_does_not_name_are_refused() {
     let bed = Bed::new();
     let vmm = Vmm::start("/dev/zero /dev/null /dev/full");
     let wanted = format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{ZERO}'\n");
-    let exported =
-        format!("{wanted}[[endpoint]]\naddress = '00:07.0'\nvfio = '{FULL}'\nexport = '/run/x'\n");
-    for file in [&wanted, &exported] {
-        bed.write(file);
-        let refusal = bed.found(&vmm).expect_err("not named");
-        assert!(
-            refusal.contains(&format!("no endpoint with vfio = \"{FULL}\"")),
-            "{refusal}"
-        );
-    }
+    bed.write(&wanted);
+    let refusal = bed.found(&vmm).expect_err("not named");
+    assert!(
+        refusal.contains(&format!("no endpoint with vfio = \"{FULL}\"")),
+        "{refusal}"
+    );
     bed.write("nonsense");
     let refusal = bed.found(&vmm).expect_err("no file");
     assert!(
         refusal.contains("the file of the daemon's VM cannot be used"),
         "{refusal}"
     );
+}
+
+/// A file that names a device for another purpose is no way to it: neither for `launch`, nor for an export.
+#[test]
+fn a_file_without_vfio_from_gives_nothing() {
+    let bed = Bed::new();
+    let vmm = Vmm::start("/dev/zero /dev/null /dev/full");
+    assert!(bed.found(&vmm).is_ok());
+    let devices = |export: &str| {
+        format!(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '{ZERO}'\n{export}\
+             [[endpoint]]\naddress = '00:07.0'\nvfio = '{FULL}'\n"
+        )
+    };
+    for file in [
+        devices(""),
+        format!("vfio-from = 'start'\n{}", devices("")),
+        format!("host-iommu = 'type1'\n{}", devices("")),
+        devices("export = '/run/x'\n"),
+    ] {
+        bed.write_all(&file);
+        let refusal = bed.found(&vmm).expect_err("not the VMM's");
+        assert!(refusal.contains("add the key"), "{refusal}");
+    }
 }
 
 /// The tests run in no service of a daemon.
