@@ -181,6 +181,21 @@ pub enum CliCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Ask QEMU for the addresses of endpoints that name their device
+    ///
+    /// For endpoints with `device` and without `address`: prints the keys that each needs, to paste into the file. Start a
+    /// QEMU with the same machine and devices before, paused, with another device in the place of the IOMMU
+    /// (-S -device pci-testdev,addr=05.0 -qmp unix:PATH,server=on,wait=off); then end it.
+    Resolve {
+        /// The configuration
+        file: PathBuf,
+        /// QEMU's QMP socket, if it is not `qmp` of the file
+        #[arg(long, value_name = "PATH")]
+        qmp: Option<PathBuf>,
+        /// Write the keys into the file
+        #[arg(long)]
+        write: bool,
+    },
     /// Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU
     Viot {
         /// The configuration

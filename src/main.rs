@@ -36,6 +36,7 @@ use vhost_device_iommu::process::socket::{SocketRights, bind_for};
 use vhost_device_iommu::process::supervisor::Supervisor;
 use vhost_device_iommu::process::watchdog::Watchdog;
 use vhost_device_iommu::qemu::args::{QemuArgs, default_table_path, shell_line};
+use vhost_device_iommu::qemu::resolve::{Resolution, ResolveError, replace};
 use vhost_device_iommu::topology::{device_tree, viot};
 use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
 use vhost_device_iommu::vmms::launch::{Launch, VmmKind, read_tree};
@@ -90,6 +91,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         None => serve(&args.run),
         Some(CliCommand::Check { file, file_only }) => check(file, *file_only),
         Some(CliCommand::Topology { file, json }) => print_topology(file, *json),
+        Some(CliCommand::Resolve { file, qmp, write }) => resolve(file, qmp.as_deref(), *write),
         Some(CliCommand::Viot { file, output }) => write_viot(file, output.as_deref()),
         Some(CliCommand::Dtb { file, base, output }) => {
             write_device_tree(file, base, output.as_deref())
@@ -317,6 +319,23 @@ fn print_topology(file: &Path, json: bool) -> Outcome {
     } else {
         print(&tree.to_string())
     }
+}
+
+/// Prints the addresses that a file lacks, or writes them into it.
+fn resolve(file: &Path, qmp: Option<&Path>, write: bool) -> Outcome {
+    let named = |error: ResolveError| match error {
+        ResolveError::File(error) => Box::<dyn Error>::from(error),
+        error => format!("{}: {error}", file.display()).into(),
+    };
+    let resolution = Resolution::new(file, qmp).map_err(named)?;
+    if resolution.found.is_empty() {
+        return print("# no endpoint that names its device lacks an address\n");
+    }
+    if write {
+        replace(file, &resolution.text).map_err(named)?;
+    }
+    let found = resolution.found.iter().map(ToString::to_string);
+    print(&found.collect::<String>())
 }
 
 fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {

@@ -195,6 +195,12 @@ pub enum ProblemKind {
         "has neither `address` nor `range`; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1e.7\"`"
     )]
     NoAddress,
+    /// An endpoint with a device, and neither an address nor a range.
+    #[error(
+        "the endpoint of the device {0:?} has no `address`, which the guest's table needs before QEMU starts; give \
+         `address = \"00:10.0\"`, or let `vhost-device-iommu resolve FILE --write` ask a QEMU that has the device"
+    )]
+    DeviceWithoutAddress(String),
     /// Not the name of a host group.
     #[error("{value:?} is {source}")]
     Group {

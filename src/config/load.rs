@@ -21,6 +21,15 @@ impl Config {
         Self::from_text(file, &read(file)?)
     }
 
+    /// The text of `file`.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, is longer than 1 MiB, or is no text.
+    pub fn text_of(file: &Path) -> Result<String, ConfigError> {
+        read(file)
+    }
+
     /// The configuration in `file` for a VMM that emulates `machine`, where that is known.
     ///
     /// # Errors

@@ -52,7 +52,7 @@ pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::{Exported, RegisterAccess};
 pub use kind::{ConfiguredDevice, DeviceKind};
 pub use machine::Machine;
-pub use named::NamedDevice;
+pub use named::{NamedDevice, is_device_id};
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub(crate) use passthrough::default_helper;
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin, VfioFrom};

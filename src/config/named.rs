@@ -41,7 +41,7 @@ impl Checker<'_> {
                 whole = false;
                 continue;
             };
-            let kind = if !is_id(id) {
+            let kind = if !is_device_id(id) {
                 ProblemKind::DeviceId(shown(&given.value))
             } else if range.count() > 1 {
                 ProblemKind::DeviceOnRange { range }
@@ -64,8 +64,8 @@ impl Checker<'_> {
     }
 }
 
-/// Whether QEMU takes this ID, and none of ours begins so.
-fn is_id(text: &str) -> bool {
+/// Whether `device` can have this value: QEMU takes the ID, and none of ours begins so.
+pub fn is_device_id(text: &str) -> bool {
     let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
     text.len() <= MAX_ID
         && text

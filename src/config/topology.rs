@@ -154,8 +154,16 @@ impl Checker<'_> {
                 None
             }
             (None, None) => {
-                let key = format!("endpoint[{index}]");
-                self.refuse(&given.origin, &key, ProblemKind::NoAddress);
+                match &value.device {
+                    Some(device) => {
+                        let kind = ProblemKind::DeviceWithoutAddress(shown(&device.value));
+                        self.refuse(&device.origin, &key("device"), kind);
+                    }
+                    None => {
+                        let key = format!("endpoint[{index}]");
+                        self.refuse(&given.origin, &key, ProblemKind::NoAddress);
+                    }
+                }
                 None
             }
         };

@@ -6,3 +6,5 @@ mod lines;
 pub mod pci_tree;
 #[cfg(not(miri))]
 pub mod qmp;
+#[cfg(not(miri))]
+pub mod resolve;

@@ -35,6 +35,8 @@ pub enum Input {
 use Input::{Args, Ctl, File, Made, Text, With};
 
 const CHECK: &[&str] = &["check", "--file-only", "vm.toml"];
+/// An endpoint without an address.
+const NAMED: &str = "[[endpoint]]\ndevice = 'nic'\n";
 const RUN: &[&str] = &["--config", "vm.toml"];
 
 const fn case(name: &'static str, input: Input) -> Case {
@@ -157,6 +159,15 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("Problem", "a place before another error's words"),
     ("ProblemKind::Syntax", "see TOML"),
     ("PlugError::System", "see Sockets"),
+    (
+        "ResolveError::Syntax",
+        "see TOML: both parsers refuse the same texts",
+    ),
+    (
+        "ResolveError::Unusable",
+        "src/qemu/resolve/tests.rs::places_that_are_none_of_an_endpoint_are_refused",
+    ),
+    ("ResolveError::Write", "a folder that cannot be written"),
     ("StartError::Backend", "a backend's words"),
     ("DaemonError::Socket", "see Sockets"),
     ("StartError::Socket", "see Sockets"),
@@ -547,6 +558,7 @@ pub const CASES: &[Case] = &[
         File("[[endpoint]]\naddress = '00:06.0'\nrange = '00:06.0-00:07.0'"),
     ),
     case("ProblemKind::NoAddress", File("[[endpoint]]\ngroup = 'g'")),
+    case("ProblemKind::DeviceWithoutAddress", File(NAMED)),
     case(
         "ProblemKind::Group",
         File("[[endpoint]]\naddress = '00:06.0'\ngroup = 'a b'"),
@@ -1210,6 +1222,30 @@ pub const CASES: &[Case] = &[
              address = '00:06.0'\nvfio = '65:00.0'",
             &["qemu-args", "vm.toml"],
         ),
+    ),
+    case(
+        "ResolveError::NoSocket",
+        With(NAMED, &["resolve", "vm.toml"]),
+    ),
+    case(
+        "ResolveError::Monitor",
+        With(NAMED, &["resolve", "vm.toml", "--qmp", "absent.sock"]),
+    ),
+    case(
+        "ResolveError::Unanswered",
+        With(NAMED, &["resolve", "vm.toml", "--qmp", "quiet-qemu.sock"]),
+    ),
+    case(
+        "ResolveError::NoDevice",
+        With(NAMED, &["resolve", "vm.toml", "--qmp", "no-qemu.sock"]),
+    ),
+    case(
+        "ResolveError::NotPci",
+        With(NAMED, &["resolve", "vm.toml", "--qmp", "odd-qemu.sock"]),
+    ),
+    case(
+        "ResolveError::OtherRoot",
+        With(NAMED, &["resolve", "vm.toml", "--qmp", "root-qemu.sock"]),
     ),
     case(
         "LibvirtError::NoMemory",

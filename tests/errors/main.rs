@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 24] = [
+const SOURCES: [(&str, &str); 25] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/ports/path.rs", "Ports"),
@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 24] = [
         "Places of devices: `check`, `qemu-args` and `launch`",
     ),
     ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
+    ("src/qemu/resolve/error.rs", "`resolve`"),
     (
         "src/topology/device_tree.rs",
         "`dtb`, and `launch` of Arm guests",
@@ -209,6 +210,14 @@ impl Bed {
             let _ = BufReader::new(&stream).read_line(&mut String::new());
             let _ = stream.write_all(b"Hello?\n");
         });
+        for name in [
+            "quiet-qemu.sock",
+            "odd-qemu.sock",
+            "root-qemu.sock",
+            "no-qemu.sock",
+        ] {
+            answer(&at(name), move |stream| qemu(stream, name));
+        }
         fs::write(at("file"), "text").expect("written");
         fs::write(at("long.toml"), vec![b'#'; (1 << 20) + 1]).expect("written");
         fs::write(at("bytes.toml"), b"\xff\xfe").expect("written");
@@ -246,6 +255,26 @@ impl Bed {
 fn answer(path: &Path, with: impl FnOnce(UnixStream) + Send + 'static) {
     let listener = UnixListener::bind(path).expect("a socket");
     std::thread::spawn(move || listener.accept().map(|(stream, _)| with(stream)));
+}
+
+/// Stands for QEMU's monitor, and answers questions about devices as the socket's name says.
+fn qemu(mut stream: UnixStream, name: &str) {
+    let _ = stream.write_all(b"{\"QMP\": {}}\n");
+    let reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+    for line in reader.lines().map_while(Result::ok) {
+        let has = |text: &str| line.contains(text);
+        let number = line.split("\"id\":").nth(1).unwrap_or_default();
+        let number: String = number.chars().take_while(char::is_ascii_digit).collect();
+        let what = match name {
+            _ if has("qmp_capabilities") => "\"return\": {}",
+            "quiet-qemu.sock" => return,
+            "no-qemu.sock" => "\"error\": {\"class\": \"DeviceNotFound\", \"desc\": \"no\"}",
+            "root-qemu.sock" if has("parent_bus") => "\"return\": \"/machine/pxb/x\"",
+            "root-qemu.sock" if has("peripheral") => "\"return\": 0",
+            _ => "\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}",
+        };
+        let _ = writeln!(stream, "{{\"id\": {number}, {what}}}");
+    }
 }
 
 fn provoke(case: &Case) -> String {
