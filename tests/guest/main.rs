@@ -170,6 +170,7 @@ macro_rules! guest_tests {
 
 mod arm;
 mod ports;
+mod resolve;
 mod restart;
 mod tables;
 
