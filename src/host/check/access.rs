@@ -1,13 +1,16 @@
-//! Checks whether this process may open a device node, without opening it.
+//! Checks whether this process may open a device node, without opening it, and says how it may.
 #![expect(
     unsafe_code,
     reason = "asks the kernel by faccessat, which std does not offer"
 )]
 
 use std::ffi::CString;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use super::Finding;
+use crate::host::sysfs::HostRoot;
 
 /// Checks that this process may open `path` for reading and writing: by mode, access lists and
 /// capabilities.
@@ -36,6 +39,29 @@ pub(super) fn read_write(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The finding if this process cannot open the node `below`, which `udev_match` matches in a udev rule.
+pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Option<Finding> {
+    let cause = read_write(&root.path(below)).err()?;
+    Some(if cause.kind() == ErrorKind::NotFound {
+        Finding::missing(
+            format!("there is no /{below}"),
+            "let udev make the node; if the daemon runs in a container, give the node to the container",
+        )
+    } else {
+        Finding::missing(
+            format!("/{below} cannot be opened for reading and writing: {cause}"),
+            format!(
+                "give it to a group of the daemon's user, here kvm; permanently with the udev rule \
+                 {udev_match}, GROUP=\"kvm\", MODE=\"0660\""
+            ),
+        )
+        .with_commands(vec![
+            format!("chgrp kvm /{below}"),
+            format!("chmod 660 /{below}"),
+        ])
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,10 +73,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("node");
         let kind = |path: &Path| read_write(path).expect_err("refused").kind();
-        assert_eq!(kind(&file), io::ErrorKind::NotFound);
+        assert_eq!(kind(&file), ErrorKind::NotFound);
         fs::write(&file, "").expect("written");
         read_write(&file).expect("it may be opened");
-        assert_eq!(kind(&file.join("below")), io::ErrorKind::NotADirectory);
+        assert_eq!(kind(&file.join("below")), ErrorKind::NotADirectory);
         // Root may write a read-only file, so the result is compared with that of opening it.
         fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).expect("changed");
         let opened = File::options().read(true).write(true).open(&file);

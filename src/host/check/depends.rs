@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::Finding;
-use crate::host::sysfs::{HostRoot, SysfsDevice};
+use crate::host::sysfs::{HostRoot, SysfsDevice, uses};
 use crate::topology::HostAddress;
 
 /// The finding if VFIO cannot have the device because of the controller that it depends on.
@@ -18,17 +18,23 @@ pub(super) fn finding(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> 
     above.find(|path| is_host_bridge(path))?;
     let name = above.next()?.file_name()?.to_str()?;
     let controller: HostAddress = name.parse().ok()?;
-    let problem = format!(
+    let mut problem = format!(
         "{} is behind the controller {controller}, with whose ID the device does DMA: the IOMMU cannot tell them apart",
         device.name
     );
-    Some(Finding::missing(
-        problem,
+    let uses = uses(root, device);
+    let whole = if uses.is_empty() {
         format!(
-            "give `vfio` the address {controller}, and the guest has everything behind it and needs the controller's \
-             driver; or turn the controller off in the firmware (VMD), and the devices behind it are devices of their own"
-        ),
-    ))
+            "give `vfio` the address {controller}, and the guest has everything behind it and needs the controller's driver"
+        )
+    } else {
+        problem += &format!("; the host uses it: {}", uses.join(", "));
+        format!("use another device, because the guest would have everything behind {controller}")
+    };
+    let cure = format!(
+        "{whole}; or turn the controller off in the firmware (VMD), and the devices behind it are devices of their own"
+    );
+    Some(Finding::missing(problem, cure))
 }
 
 /// Whether `other` is behind `device`, and vanishes when that is unbound from its driver.

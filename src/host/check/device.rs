@@ -1,8 +1,7 @@
 //! Checks one device of the host.
 
-use std::io::ErrorKind;
-
-use super::{Finding, access, depends, kernel, token};
+use super::access::node_finding;
+use super::{Finding, Severity, depends, kernel, token};
 use crate::config::{HostIommu, Passthrough};
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
@@ -35,21 +34,23 @@ pub(super) fn findings(
     }
     found.extend(token::finding(root, device, passthrough, iommu));
     let group = facts.translated_group(address);
+    let mut obstacles = Vec::new();
     if !device.is_held_by_vfio() {
-        let mut finding = not_bound(root, device);
-        if group.is_err() {
-            // VFIO would refuse the device, and the commands would only take it from the host.
-            finding.commands.clear();
-        }
-        found.push(finding);
+        obstacles.push(not_bound(root, device));
     }
     match &group {
-        Err(reason) => found.push(Finding::missing(
+        Err(reason) => obstacles.push(Finding::missing(
             format!("no IOMMU translates for {}: {reason}", device.name),
             reason.cure(),
         )),
-        Ok(group) => found.extend(group_findings(root, device, group)),
+        Ok(group) => obstacles.extend(group_findings(root, device, group)),
     }
+    let has_no_command = |it: &Finding| it.severity == Severity::Missing && it.commands.is_empty();
+    if obstacles.iter().any(has_no_command) {
+        // VFIO would refuse the device nevertheless, and the commands would only take devices from the host.
+        obstacles.iter_mut().for_each(Finding::postpone);
+    }
+    found.extend(obstacles);
     if device.is_held_by_vfio() {
         found.extend(match iommu {
             HostIommu::Iommufd => character_device(root, device),
@@ -60,29 +61,6 @@ pub(super) fn findings(
         });
     }
     found
-}
-
-/// The finding if this process cannot open the node `below`, which `udev_match` matches in a udev rule.
-pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Option<Finding> {
-    let cause = access::read_write(&root.path(below)).err()?;
-    Some(if cause.kind() == ErrorKind::NotFound {
-        Finding::missing(
-            format!("there is no /{below}"),
-            "let udev make the node; if the daemon runs in a container, give the node to the container",
-        )
-    } else {
-        Finding::missing(
-            format!("/{below} cannot be opened for reading and writing: {cause}"),
-            format!(
-                "give it to a group of the daemon's user, here kvm; permanently with the udev rule \
-                 {udev_match}, GROUP=\"kvm\", MODE=\"0660\""
-            ),
-        )
-        .with_commands(vec![
-            format!("chgrp kvm /{below}"),
-            format!("chmod 660 /{below}"),
-        ])
-    })
 }
 
 fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
@@ -97,7 +75,11 @@ fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
         ),
     };
     match uses(root, device).as_slice() {
-        [] => Finding::missing(problem, "bind it to vfio-pci").with_commands(binding(root, device)),
+        [] => {
+            let signed = kernel::signed_clause(root, "sys/bus/pci/drivers/vfio-pci");
+            let cure = format!("bind it to vfio-pci{signed}");
+            Finding::missing(problem, cure).with_commands(binding(root, device))
+        }
         uses => Finding::missing(
             in_use(&problem, uses),
             "give `vfio` the address of a device that the host does not use, or take this device out of use; `check` \
@@ -241,7 +223,6 @@ pub(super) fn found_at(
 
 #[cfg(test)]
 mod tests {
-    use super::super::Severity;
     use super::*;
     use crate::host::sysfs::fake::{FakeConfigSpace, FakeHost, Function};
 

@@ -59,6 +59,23 @@ pub(super) fn version(root: &HostRoot) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
+/// Whether the kernel is locked down (`integrity` or `confidentiality`), as with Secure Boot: it then loads only signed
+/// modules. `false` if the kernel does not tell.
+fn is_locked_down(root: &HostRoot) -> bool {
+    // All levels, with the one in force in brackets.
+    let levels = root.value("sys/kernel/security/lockdown");
+    levels.is_some_and(|levels| levels.contains('[') && !levels.contains("[none]"))
+}
+
+/// What to say after the name of a module that is to be loaded if `path` does not exist.
+pub(super) fn signed_clause(root: &HostRoot, path: &str) -> &'static str {
+    if is_locked_down(root) && !root.path(path).exists() {
+        "; this kernel is locked down (Secure Boot) and takes only modules that are signed for it, such as the distribution's"
+    } else {
+        ""
+    }
+}
+
 /// The options that the running kernel tells, compressed.
 fn own_options(root: &HostRoot) -> Option<String> {
     let file = File::open(root.path("proc/config.gz")).ok()?;

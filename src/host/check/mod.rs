@@ -71,6 +71,14 @@ impl Finding {
     fn with_commands(self, commands: Vec<String>) -> Self {
         Self { commands, ..self }
     }
+
+    /// Takes the commands back: they would not help before another finding is cured.
+    fn postpone(&mut self) {
+        if !self.commands.is_empty() {
+            self.commands.clear();
+            self.cure += "; last of all: `check` prints the commands once they help";
+        }
+    }
 }
 
 /// The findings for a configuration.

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
 
-use super::{Finding, device::node_finding, interrupts, kernel};
+use super::access::node_finding;
+use super::{Finding, interrupts, kernel};
 use crate::config::default_helper;
 use crate::config::{Config, HostIommu, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
@@ -45,8 +46,9 @@ fn iommufd(root: &HostRoot, config: &Config) -> Option<Finding> {
             Finding::missing(
                 "there is no /dev/iommu",
                 format!(
-                    "load iommufd; if the kernel has none (CONFIG_IOMMUFD), {}",
-                    use_type1(config)
+                    "load iommufd; if the kernel has none (CONFIG_IOMMUFD), {}{}",
+                    use_type1(config),
+                    kernel::signed_clause(root, node)
                 ),
             )
             .with_commands(vec!["modprobe iommufd".to_owned()]),
@@ -115,8 +117,11 @@ fn type1(root: &HostRoot) -> Option<Finding> {
         return Some(
             Finding::missing(
                 "the kernel has no VFIO IOMMU driver of type 1",
-                "load vfio_iommu_type1; if the kernel has none (CONFIG_VFIO_IOMMU_TYPE1), set \
-                 host-iommu = \"iommufd\"",
+                format!(
+                    "load vfio_iommu_type1; if the kernel has none (CONFIG_VFIO_IOMMU_TYPE1), set \
+                     host-iommu = \"iommufd\"{}",
+                    kernel::signed_clause(root, "sys/module/vfio_iommu_type1")
+                ),
             )
             .with_commands(vec!["modprobe vfio_iommu_type1".to_owned()]),
         );

@@ -112,7 +112,17 @@ pub(super) fn readable_file(file: &Path, config: &Config) -> Option<Finding> {
         format!("every user can read {name}, which has a VF token"),
         "let only the daemon's user and group read the file",
     );
-    Some(finding.with_commands(vec![format!("chmod o-r {name}")]))
+    let word = shell_word(&name.to_string());
+    Some(finding.with_commands(vec![format!("chmod o-r -- {word}")]))
+}
+
+/// The text as one word for a POSIX shell.
+fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', "'\\''"))
 }
 
 #[cfg(test)]
@@ -229,5 +239,35 @@ mod tests {
             let text = format!("{finding:?}");
             assert!(!text.contains(TOKEN), "{text}");
         }
+    }
+
+    /// The command works whatever the file's name is, and does nothing else.
+    #[test]
+    fn the_command_for_a_readable_file_is_a_line_for_a_shell() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in [
+            "plain.toml",
+            "-x",
+            "two words",
+            "it's",
+            "$(touch made)",
+            "a;touch made",
+        ] {
+            let file = Path::new(name);
+            let path = folder.path().join(file);
+            fs::write(&path, "").expect("written");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("changed");
+            let word = shell_word(name);
+            let done = std::process::Command::new("bash")
+                .args(["-c", &format!("chmod o-r -- {word}")])
+                .current_dir(folder.path())
+                .status()
+                .expect("bash");
+            assert!(done.success(), "{name}");
+            let mode = fs::metadata(&path).expect("the file").permissions().mode();
+            assert_eq!(mode & 0o777, 0o640, "{name}");
+        }
+        assert!(!folder.path().join("made").exists());
+        assert_eq!(shell_word("/etc/vm1.toml"), "/etc/vm1.toml");
     }
 }

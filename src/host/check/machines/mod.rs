@@ -1,12 +1,15 @@
-//! Made-up machines with the devices, drivers and groups of real ones, and the report that each operator gets. A file has
-//! a description, a line `---`, and the report; `VIOMMU_REGENERATE=1` writes the latter.
+//! Machines with the devices and groups of real ones, and the report that each operator gets. A file has a description, a
+//! line `---`, and the report; `VIOMMU_REGENERATE=1` writes the latter. Each description says which public listing has its IDs,
+//! classes and groups, and what is not in that listing.
 //!
 //! - `pci PATH ID CLASS DRIVER GROUP [PORT]`: a function; `-` stands for none; PORT is the kind of a PCI Express port
 //! - `file PATH TEXT` (`\n` ends a line), `link TARGET AT`, `remove PATH`: in the tree of the host
 //! - `vfio ADDRESS`: a device that the VM is to have
+//! - `keep ADDRESS`: a device that the host cannot do without: its root disk, its console, its network. No command names it
 
 use std::fmt::Write;
 use std::path::Path;
+use std::process::Command;
 use std::{env, fs};
 
 use super::Report;
@@ -33,11 +36,12 @@ fn function(host: &FakeHost, words: &[&str]) {
     }
 }
 
-/// The report for the machine.
-fn report(description: &str) -> String {
+/// The report for the machine, and the devices that the host must keep.
+fn report(description: &str) -> (Report, Vec<String>) {
     let host = FakeHost::new();
     let mut config = "address = '00:05.0'\nmemory = '2G'\n".to_owned();
     let mut slot = 0x10;
+    let mut kept = Vec::new();
     let lines = description.lines();
     for line in lines.filter(|line| !line.is_empty() && !line.starts_with('#')) {
         let words: Vec<_> = line.split_whitespace().collect();
@@ -48,6 +52,7 @@ fn report(description: &str) -> String {
             }
             ["link", target, at] => host.link(target, at),
             ["remove", path] => host.remove(path),
+            ["keep", address] => kept.push((*address).to_owned()),
             ["vfio", address] => {
                 let endpoint = format!("address = '00:{slot:02x}.0'\nvfio = '{address}'\n");
                 write!(config, "[[endpoint]]\n{endpoint}").expect("a string");
@@ -57,13 +62,42 @@ fn report(description: &str) -> String {
         }
     }
     let config = Config::from_text(Path::new("vm.toml"), &config).expect("a configuration");
-    Report::new(&host.root(), &config).to_string()
+    (Report::new(&host.root(), &config), kept)
+}
+
+/// The commands of a report are a script that a shell reads, and none of them names a device that the host must keep.
+fn check_commands(name: &str, report: &Report, kept: &[String]) -> usize {
+    let of_endpoints = report.endpoints.iter().flat_map(|(_, findings)| findings);
+    let findings = report.host.iter().chain(&report.addresses);
+    let commands: Vec<_> = findings
+        .chain(of_endpoints)
+        .flat_map(|finding| &finding.commands)
+        .collect();
+    for command in &commands {
+        for address in kept {
+            assert!(!command.contains(address.as_str()), "{name}: {command}");
+        }
+        let words: Vec<_> = command.split_whitespace().collect();
+        let ["modprobe" | "echo" | "chgrp" | "chmod", ..] = words.as_slice() else {
+            panic!("{name}: an unknown command: {command}");
+        };
+        let shell = Command::new("bash")
+            .args(["-n", "-c", command])
+            .output()
+            .expect("bash");
+        let error = String::from_utf8_lossy(&shell.stderr);
+        assert!(
+            shell.status.success() && error.is_empty(),
+            "{name}: {command}: {error}"
+        );
+    }
+    commands.len()
 }
 
 #[test]
 fn the_reports_of_machines() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/host/check/machines");
-    let mut count = 0;
+    let (mut count, mut commands) = (0, 0);
     for entry in fs::read_dir(folder).expect("the machines") {
         let path = entry.expect("an entry").path();
         if path.extension().is_none_or(|end| end != "txt") {
@@ -72,12 +106,17 @@ fn the_reports_of_machines() {
         count += 1;
         let text = fs::read_to_string(&path).expect("a machine");
         let (description, expected) = text.split_once("---\n").expect("two parts");
-        let report = report(description);
+        let source = description.contains("https://");
+        assert!(source, "{} names no listing", path.display());
+        let (report, kept) = report(description);
+        commands += check_commands(&path.display().to_string(), &report, &kept);
+        let report = report.to_string();
         if env::var_os("VIOMMU_REGENERATE").is_some() {
             fs::write(&path, format!("{description}---\n{report}")).expect("written");
         } else {
             assert_eq!(report, expected, "{}", path.display());
         }
     }
-    assert!(count >= 7, "{count} machines");
+    assert!(count >= 13, "{count} machines");
+    assert!(commands >= 30, "{commands} commands");
 }
