@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::process::sandbox::{self, Role};
 use crate::process::wait_budget::WaitBudget;
-use crate::vfio::{BusReset, GroupFile};
+use crate::vfio::{BusReset, DeviceMark, GroupFile};
 
 /// Sends jobs to the thread, which ends once this is dropped.
 #[derive(Debug)]
@@ -78,8 +78,8 @@ impl Reset {
     }
 }
 
-/// Values of [`BusReset::mark`]: the hardware of a device can have one of them at most.
-const MARKS: [u8; 2] = [0x5a, 0xa5];
+/// Values for [`BusReset::mark`]: the hardware of a device can have one of them at most.
+const LINES: [u8; 2] = [0x5a, 0xa5];
 /// The first pause before devices are closed and opened once more, because another process has them open. Each pause is
 /// twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -92,17 +92,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// process.
 fn reopen(devices: &[Arc<dyn BusReset>], deadline: Instant) -> io::Result<()> {
     let mut pause = FIRST_PAUSE;
-    for mark in MARKS.into_iter().cycle() {
-        for device in devices {
-            if device.mark(mark).is_err() {
-                // An earlier try has closed it, and could not open it.
-                device.open_again()?;
-                device.mark(mark)?;
-            }
-        }
+    for line in LINES.into_iter().cycle() {
+        let marks: io::Result<Vec<_>> =
+            devices.iter().map(|device| mark(&**device, line)).collect();
+        let marks = marks?;
         reopen_once(devices)?;
         let mut is_open = false;
-        for device in devices {
+        for (device, mark) in devices.iter().zip(&marks) {
             is_open |= device.has_mark(mark)?;
         }
         if !is_open {
@@ -115,6 +111,16 @@ fn reopen(devices: &[Arc<dyn BusReset>], deadline: Instant) -> io::Result<()> {
         pause = pause.saturating_mul(2);
     }
     Err(io::Error::other("another process has one of them open"))
+}
+
+fn mark(device: &dyn BusReset, line: u8) -> io::Result<DeviceMark> {
+    device.mark(line).or_else(|_| {
+        // An earlier try has closed it, and could not open it. Or the last client has left no room for a mark: what it has
+        // left ends when the device is closed.
+        device.close()?;
+        device.open_again()?;
+        device.mark(line)
+    })
 }
 
 /// Closes all devices before it opens one again: VFIO resets a bus only if no device on it is open.

@@ -11,8 +11,9 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_HOT_RESET_FLAG_DEV_ID, VFIO_REGION_INFO_FLAG_CAPS, vfio_region_info,
 };
 
+use super::device_mark::{self, DeviceMark};
 use super::ioctl::IrqData;
-use super::{Attach, Cdev, DeviceMemory, ioctl, regions};
+use super::{Attach, Cdev, DeviceMemory, ioctl};
 
 /// The id of a device that is not open and that only this process can open (`linux/vfio.h`).
 const VFIO_PCI_DEVID_OWNED: u32 = 0;
@@ -160,19 +161,19 @@ pub trait BusReset: Send + Sync {
     /// The kernel's: the device's driver cannot start it.
     fn open_again(&self) -> io::Result<()>;
 
-    /// Writes `mark` where it stays as long as the device is open: VFIO begins with the hardware's value when it opens a
-    /// closed device.
+    /// Leaves a mark that stays as long as a process has the device open. `line` is a value for the interrupt line of a device
+    /// that takes no other mark.
     ///
     /// # Errors
-    /// The kernel's: the device does not answer.
-    fn mark(&self, mark: u8) -> io::Result<()>;
+    /// The kernel's: the device does not answer. Or the processes that have the device open have left no room for a mark.
+    fn mark(&self, line: u8) -> io::Result<DeviceMark>;
 
-    /// Whether `mark` is there. If [`Self::mark`] has written it before [`Self::close`], another process still has the device
-    /// open, unless the hardware has this value.
+    /// Removes `mark`. Returns whether it was there: then the device was not closed since [`Self::mark`] by all processes that
+    /// had it open. A mark of the interrupt line is there, too, if the hardware has this value.
     ///
     /// # Errors
     /// The kernel's: the device does not answer.
-    fn has_mark(&self, mark: u8) -> io::Result<bool>;
+    fn has_mark(&self, mark: &DeviceMark) -> io::Result<bool>;
 }
 
 /// An open device as its driver uses it.
@@ -364,12 +365,12 @@ impl BusReset for Cdev {
         self.open_file_again()
     }
 
-    fn mark(&self, mark: u8) -> io::Result<()> {
-        regions::set_interrupt_line(&self.file, mark)
+    fn mark(&self, line: u8) -> io::Result<DeviceMark> {
+        device_mark::mark(&self.file, line)
     }
 
-    fn has_mark(&self, mark: u8) -> io::Result<bool> {
-        Ok(regions::interrupt_line(&self.file)? == mark)
+    fn has_mark(&self, mark: &DeviceMark) -> io::Result<bool> {
+        device_mark::has_mark(&self.file, mark)
     }
 }
 

@@ -6,6 +6,7 @@
 mod access;
 mod cdev;
 mod container;
+mod device_mark;
 #[cfg(test)]
 pub(crate) mod fake;
 mod group;
@@ -31,6 +32,7 @@ pub use self::access::{
 };
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
+pub use self::device_mark::{DeviceMark, MarkEvents};
 pub use self::group::Group;
 pub use self::iommufd::IommuFd;
 pub use self::probe::probe_allowed_iovas;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
-    AffectedDevice, BusReset, Capability, DeviceAccess, DeviceInfo, GroupFile, HotResetScope,
-    IrqChange, IrqInfo, IrqSelection, RegionInfo,
+    AffectedDevice, BusReset, Capability, DeviceAccess, DeviceInfo, DeviceMark, GroupFile,
+    HotResetScope, IrqChange, IrqInfo, IrqSelection, RegionInfo,
 };
 
 use crate::common::memory::memfd;
@@ -380,13 +380,16 @@ impl BusReset for RecordingDevice {
         state.reopen_error.map_or(Ok(()), |error| Err(errno(error)))
     }
 
-    fn mark(&self, mark: u8) -> io::Result<()> {
-        self.state().bytes[CONFIG as usize][INTERRUPT_LINE] = mark;
-        Ok(())
+    fn mark(&self, line: u8) -> io::Result<DeviceMark> {
+        self.state().bytes[CONFIG as usize][INTERRUPT_LINE] = line;
+        Ok(DeviceMark::Line(line))
     }
 
-    fn has_mark(&self, mark: u8) -> io::Result<bool> {
-        Ok(self.state().bytes[CONFIG as usize][INTERRUPT_LINE] == mark)
+    fn has_mark(&self, mark: &DeviceMark) -> io::Result<bool> {
+        let DeviceMark::Line(line) = mark else {
+            panic!("the device takes no events");
+        };
+        Ok(self.state().bytes[CONFIG as usize][INTERRUPT_LINE] == *line)
     }
 }
 

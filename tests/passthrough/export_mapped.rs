@@ -1,10 +1,10 @@
 //! Exported devices whose registers the client maps.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ const ATTACH_PT: libc::c_ulong = 0x3b77;
 const DETACH_PT: libc::c_ulong = 0x3b78;
 const BIND_IOMMUFD: libc::c_ulong = 0x3b76;
 const HOT_RESET: libc::c_ulong = 0x3b71;
+const IOEVENTFD: libc::c_ulong = 0x3b74;
 
 /// An `edu` that a client drives through its own mapping.
 struct MappedEdu {
@@ -504,17 +505,11 @@ fn each_bar_of_a_device_is_mapped_and_survives_its_reset() {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn nothing_of_a_former_client_writes_registers_of_a_closed_device() {
-    const IOEVENTFD: libc::c_ulong = 0x3b74;
     let all = MappedBed::new(Backend::Type1, None);
     let mut driver = Driver::connect(&all.path);
     let edu = MappedEdu::of(&mut driver);
     let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an event");
-    // vfio_device_ioeventfd: argsz, flags (4 bytes), offset, data, fd, reserved.
-    let mut argument = [32, 4, 4, 0, 0x77, 0, event.as_raw_fd().cast_unsigned(), 0];
-    assert_eq!(
-        request(edu.region.file.as_fd(), IOEVENTFD, &mut argument),
-        0
-    );
+    assert_eq!(write_at_event(&edu, 0x77, &event), 0);
     let trigger = || rustix::io::write(&event, &1u64.to_ne_bytes()).expect("an event");
     trigger();
     all.bed
@@ -530,4 +525,73 @@ fn nothing_of_a_former_client_writes_registers_of_a_closed_device() {
     trigger();
     thread::sleep(Duration::from_millis(200));
     assert_eq!(edu.bar.load(4), !2);
+}
+
+/// Has `event` write `data` to a register of BAR 0. Returns the errno.
+fn write_at_event(edu: &MappedEdu, data: u32, event: &OwnedFd) -> i32 {
+    // vfio_device_ioeventfd: argsz, flags (4 bytes), offset, data, fd, reserved.
+    let fd = event.as_raw_fd().cast_unsigned();
+    let mut argument = [32, 4, 4, 0, data, 0, fd, 0];
+    request(edu.region.file.as_fd(), IOEVENTFD, &mut argument)
+}
+
+/// A process that has the descriptor writes the registers that VFIO keeps, so that the device seems to be newly opened.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
+fn a_former_client_cannot_hide_that_it_has_the_descriptor() {
+    const INTERRUPT_LINE: u64 = 0x3c;
+    let all = MappedBed::new(Backend::Type1, None);
+    let mut driver = Driver::connect(&all.path);
+    let edu = MappedEdu::of(&mut driver);
+    let device = edu.region.device();
+    let config = device.region(CONFIG).expect("a configuration space");
+    let mut hardware = [0];
+    device
+        .read(&config, INTERRUPT_LINE, &mut hardware)
+        .expect("read");
+    thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel::<()>();
+        let device = &device;
+        let config = &config;
+        scope.spawn(move || {
+            while is_done.try_recv() == Err(TryRecvError::Empty) {
+                device
+                    .write(config, INTERRUPT_LINE, &hardware)
+                    .expect("written");
+            }
+        });
+        // Dropped at the end, also by a panic.
+        let _done = done;
+        drop(driver);
+        all.wait_for_release();
+        assert!(all.is_held());
+        for _ in 0..3 {
+            assert!(!all.takes_a_client());
+        }
+        all.wait_for_release();
+        assert!(all.is_held());
+    });
+
+    eprintln!("it leaves no room for events");
+    let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an event");
+    let added = (0..2000).take_while(|n| write_at_event(&edu, *n, &event) == 0);
+    assert!(added.count() > 900);
+    assert_eq!(write_at_event(&edu, 2000, &event), libc::ENOSPC);
+    assert!(!all.takes_a_client());
+    all.wait_for_release();
+    assert!(all.is_held());
+    drop((edu, device));
+    let mut driver = Driver::connect(&all.path);
+    assert!(!all.is_held());
+
+    eprintln!("a client that has ended may leave it without room");
+    let edu = MappedEdu::of(&mut driver);
+    let added = (0..2000).take_while(|n| write_at_event(&edu, *n, &event) == 0);
+    assert!(added.count() > 900);
+    drop((edu, driver));
+    all.wait_for_release();
+    assert!(!all.is_held());
+    let mut driver = Driver::connect(&all.path);
+    let edu = MappedEdu::of(&mut driver);
+    assert_eq!(write_at_event(&edu, 0, &event), 0);
 }

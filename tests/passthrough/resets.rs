@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vhost_device_iommu::vfio::{BusReset, Cdev, Container, DeviceAccess, Group};
+use vhost_device_iommu::vfio::{BusReset, Cdev, Container, DeviceAccess, DeviceMark, Group};
 
 use crate::client::{BAR, COMMAND, CONFIG, Client, MEMORY};
 use crate::common::daemon::Daemon;
@@ -148,13 +148,14 @@ fn closing_and_opening_a_device_of_a_group_resets_its_bus() {
     // The clone stands for the backend's, and this one for another process's.
     let other = card.clone();
     let mut elsewhere = Some(card.duplicate().expect("a descriptor"));
-    for (mark, is_open) in [(0x5a, true), (0xa5, false)] {
-        card.mark(mark).expect("written");
+    for (line, is_open) in [(0x5a, true), (0xa5, false)] {
+        let mark = card.mark(line).expect("marked");
+        assert!(matches!(mark, DeviceMark::Events(_)), "{mark:?}");
         elsewhere.take_if(|_| !is_open);
         card.close().expect("closed");
         assert!(other.info().is_err(), "closed for all of this process");
         card.open_again().expect("opened");
-        assert_eq!(card.has_mark(mark).expect("read"), is_open);
+        assert_eq!(card.has_mark(&mark).expect("read"), is_open);
         switch_on(&other);
         assert_eq!(load(&other), if is_open { MARK } else { 0 });
     }

@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_irq_info, vfio_irq_set, vfio_pci_dependent_device,
-    vfio_pci_hot_reset, vfio_pci_hot_reset_info, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_IOEVENTFD_32, VFIO_TYPE, vfio_device_ioeventfd, vfio_irq_info,
+    vfio_irq_set, vfio_pci_dependent_device, vfio_pci_hot_reset, vfio_pci_hot_reset_info,
+    vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -25,6 +26,7 @@ ioctl_io_nr!(
     VFIO_BASE + 12
 );
 ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE as u32, VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_DEVICE_IOEVENTFD, VFIO_TYPE as u32, VFIO_BASE + 16);
 
 /// The requests of a server that passes a device's registers and interrupts on to a VMM.
 pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
@@ -44,6 +46,7 @@ pub(in crate::vfio) fn requests_of_bus_resets() -> Vec<c_ulong> {
         VFIO_DEVICE_PCI_HOT_RESET(),
         VFIO_GROUP_GET_DEVICE_FD(),
         VFIO_DEVICE_GET_REGION_INFO(),
+        VFIO_DEVICE_IOEVENTFD(),
     ]
 }
 
@@ -188,6 +191,29 @@ pub(in crate::vfio) fn set_irqs(
     // - `words` has at least as many bytes as its first field says, has the structure's alignment, and is only read
     // - descriptors in it are plain numbers: the kernel refuses one that is not open or not an event
     checked(unsafe { ioctl_with_ptr(&fd, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+}
+
+/// Has `event` write `value` to the register at `offset` of the device's file; without an event, ends this again.
+///
+/// Fails with `ENODEV` if there is no such event to end, `EEXIST` if there is one already, `ENOSPC` if the device has as many
+/// as VFIO allows, and `EINVAL` where VFIO allows none.
+pub(in crate::vfio) fn set_register_event(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    value: u32,
+    event: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let mut argument = vfio_device_ioeventfd {
+        argsz: size_of_u32::<vfio_device_ioeventfd>(),
+        flags: VFIO_DEVICE_IOEVENTFD_32,
+        offset,
+        data: value.into(),
+        fd: event.map_or(-1, |event| event.as_raw_fd()),
+        reserved: 0,
+    };
+    // SAFETY: this is the request's structure, with its size; it points to nothing. The kernel refuses a descriptor that is
+    // not an event.
+    unsafe { update(&fd, VFIO_DEVICE_IOEVENTFD(), &mut argument) }.map(drop)
 }
 
 pub(in crate::vfio) fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -42,7 +42,7 @@ pub(super) use self::device::{
 };
 pub(super) use self::export::{
     IrqData, hot_reset, hot_reset_info, if_mappable, irq_info, region_info_whole, replace_file,
-    requests_of_bus_resets, requests_of_exports, reset, set_irqs,
+    requests_of_bus_resets, requests_of_exports, reset, set_irqs, set_register_event,
 };
 pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges, set_compatibility_ioas};
 pub(super) use self::nesting::{
