@@ -33,6 +33,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod view;
+mod vmm_refusal;
 mod vmm_watcher;
 
 use std::io;
@@ -71,6 +72,7 @@ use self::resume::RingState;
 use self::ring::send_interrupts;
 use self::start_gate::StartGate;
 use self::stored_ring::StoredRing;
+use self::vmm_refusal::VmmRefusal;
 
 pub use self::vmm_watcher::VmmWatcher;
 
@@ -136,6 +138,7 @@ pub struct Device {
     /// What this process has taken over.
     life: OnceLock<Arc<Life>>,
     watcher: OnceLock<Arc<dyn VmmWatcher>>,
+    refusal: OnceLock<VmmRefusal>,
     /// Holds back the requests of a driver that starts, if something is to be checked before.
     start_gate: OnceLock<StartGate>,
 }
@@ -196,6 +199,7 @@ impl Device {
             table_state: Mutex::new(Rank::TableState, TableState::default()),
             life: OnceLock::new(),
             watcher: OnceLock::new(),
+            refusal: OnceLock::new(),
             start_gate: OnceLock::new(),
         })
     }

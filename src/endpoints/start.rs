@@ -360,6 +360,8 @@ impl AttachedDevices {
                 .map_err(StartError::Socket)
         });
         let shadow = shadow.transpose()?;
+        let resets = hotplug.hot_resets().clone();
+        device.refuse_vmms(move || resets.vmm_refusal());
         // A hot reset concerns several devices, so all of them are registered before one of them has a client.
         let mut bound = self.bound;
         for export in self.exported {

@@ -438,6 +438,23 @@ impl ServedDevice for ExportedDevice {
         }
         self.finish_release(reset.is_ok());
     }
+
+    fn is_waiting(&self) -> bool {
+        self.lending.is_refusing()
+    }
+
+    /// Tries once more to take the device back from the process that has its descriptor.
+    fn retry_release(&mut self) {
+        let held = self.lending.take_back(self.registered.as_ref());
+        self.silence_after_client();
+        if held.is_some() {
+            return;
+        }
+        info!("{}: no other process has the device any more", self.name);
+        let reset = self.reset_device();
+        self.silence_after_client();
+        self.finish_release(reset.is_ok());
+    }
 }
 
 impl ExportedDevice {

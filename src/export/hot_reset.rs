@@ -38,6 +38,8 @@ struct Registered {
     is_used: bool,
     /// A client has had the device since its last reset.
     is_stale: bool,
+    /// Another process had the device open when [`RegisteredDevice::take_back`] was called last.
+    is_held: bool,
     /// The device has, or may have, the state of a client that has gone.
     leftover: Arc<AtomicBool>,
     /// `None` for a device that ends with this process.
@@ -161,6 +163,20 @@ impl Default for HotResetRegistry {
 }
 
 impl HotResetRegistry {
+    /// Why no other VMM may be served: a process of a former client has a device open, and could have it read and write
+    /// the memory of the next guest. `None` if there is no such process. Waits for a reset in progress.
+    pub fn vmm_refusal(&self) -> Option<String> {
+        let registry = self.0.lock();
+        let held = registry.devices.iter().filter(|(_, device)| device.is_held);
+        let held: Vec<_> = held.map(|(function, _)| *function).collect();
+        (!held.is_empty()).then(|| {
+            format!(
+                "a process of a former VMM still has the descriptor of {}; end that process, and connect again",
+                Names(&held)
+            )
+        })
+    }
+
     /// Registers a device without a client.
     ///
     /// # Errors
@@ -181,6 +197,7 @@ impl HotResetRegistry {
             bus,
             is_used: false,
             is_stale: false,
+            is_held: false,
             leftover: leftover.clone(),
             kept: None,
         };
@@ -268,7 +285,11 @@ impl RegisteredDevice {
         let Some(thread) = thread.as_ref().filter(|_| can_reopen) else {
             return Takeback::Impossible;
         };
-        match reopen_bus(devices, &BTreeSet::from([self.function]), thread) {
+        let outcome = reopen_bus(devices, &BTreeSet::from([self.function]), thread);
+        if let Some(own) = devices.get_mut(&self.function) {
+            own.is_held = outcome.is_err();
+        }
+        match outcome {
             Ok(()) => Takeback::Done,
             Err(cause) => Takeback::Failed(cause),
         }

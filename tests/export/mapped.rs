@@ -40,6 +40,7 @@ fn device_of_group() -> (RecordingDevice, Arc<Mutex<Vec<&'static str>>>) {
 /// A server that gives the device's descriptor to clients.
 struct LendingBed {
     bed: Bed,
+    registry: HotResetRegistry,
     held: Arc<AtomicBool>,
 }
 
@@ -53,7 +54,11 @@ impl LendingBed {
             let registered = offered.with_hot_reset(&registry, function(0));
             registered.expect("registered")
         });
-        Self { bed, held }
+        Self {
+            bed,
+            registry,
+            held,
+        }
     }
 
     fn is_held(&self) -> bool {
@@ -160,6 +165,24 @@ fn a_device_takes_no_client_while_a_former_one_has_its_descriptor() {
     );
     bed.leave(client);
     assert!(!bed.is_held());
+}
+
+/// The device could read and write the next guest's memory.
+#[test]
+fn no_vmm_comes_until_the_descriptor_of_a_former_one_is_closed() {
+    let (device, _) = device_of_group();
+    let bed = LendingBed::new(device.clone());
+    let mut client = bed.bed.client();
+    let descriptor = borrow(&mut client);
+    assert_eq!(bed.registry.vmm_refusal(), None, "it may be the VMM's own");
+    bed.leave(client);
+    let reason = bed.registry.vmm_refusal().expect("refused");
+    assert!(reason.contains(&function(0).to_string()), "{reason}");
+    drop(descriptor);
+    // Without another client.
+    eventually("it is free", || bed.registry.vmm_refusal().is_none());
+    assert!(!bed.is_held());
+    assert_eq!(device.state().resets, 2, "after each of its users");
 }
 
 /// The daemon cannot know whether another process has a device that it cannot open again.

@@ -1,6 +1,7 @@
 //! Exported devices whose registers the client maps.
 
 use std::fs;
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -145,6 +146,20 @@ impl MappedBed {
             daemon.control("stats")["exports"][0]["client"] == false
         });
         assert_eq!(command_of(&self.name) & (MASTER | MEMORY), 0);
+    }
+
+    /// Whether the daemon closes the connection of a VMM that has sent nothing.
+    fn refuses_a_vmm(&self) -> bool {
+        let mut stream = self.bed.daemon.stream();
+        let limit = Duration::from_secs(3);
+        stream.set_read_timeout(Some(limit)).expect("a limit");
+        match stream.read(&mut [0]) {
+            Ok(length) => length == 0,
+            Err(cause) => {
+                assert_eq!(cause.kind(), ErrorKind::WouldBlock);
+                false
+            }
+        }
     }
 
     /// Whether the device takes a client.
@@ -295,10 +310,15 @@ fn outlive(backend: Backend) {
     assert!(!edu.arrives(&all.bed, 0x2000) && !edu.arrives(&all.bed, TARGET));
 
     eprintln!("the next client gets the device when the former one has closed it");
-    all.bed.reconnect();
-    all.map();
+    assert_eq!(all.refuses_a_vmm(), backend.is_type1());
     assert_eq!(all.takes_a_client(), !backend.is_type1());
     drop(edu);
+    if backend.is_type1() {
+        let daemon = &all.bed.daemon;
+        daemon.wait_for("the end of the refusal", || !all.is_held());
+    }
+    all.bed.reconnect();
+    all.map();
     let mut driver = Driver::connect(&all.path);
     assert_eq!(all.is_held(), !backend.is_type1());
     let edu = MappedEdu::of(&mut driver);

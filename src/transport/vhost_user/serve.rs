@@ -164,6 +164,12 @@ impl VhostUserServer {
 
     /// Serves the VMM that waits in the listener's backlog until it disconnects.
     fn serve_next(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+        if let Some(reason) = self.device.vmm_refusal() {
+            let refused = self.listener.accept();
+            refused.map_err(|cause| ServeError::Wait(io::Error::other(cause)))?;
+            warn_limited!("the connection was closed: {reason}");
+            return Ok(());
+        }
         let (mut daemon, connection) = self.make_daemon()?;
         let Some(relays) = &mut self.relays else {
             let started = daemon.start(&mut self.listener);

@@ -205,6 +205,9 @@ impl ServedDevice for VirtioPciDevice {
     }
 
     fn negotiate(&mut self, _client: &Version, answer: &mut Capabilities) -> Result<(), String> {
+        if let Some(reason) = self.device.vmm_refusal() {
+            return Err(reason);
+        }
         answer.max_msg_fds = Some(MAX_FDS);
         self.changes.any = true;
         self.is_connected = true;

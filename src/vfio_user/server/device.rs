@@ -124,6 +124,14 @@ pub trait ServedDevice {
     /// the client's interrupts and windows and must stop its DMA.
     fn release(&mut self);
 
+    /// Whether the server must call [`Self::retry_release`] from time to time while no client is connected.
+    fn is_waiting(&self) -> bool {
+        false
+    }
+
+    /// Finishes what [`Self::release`] could not.
+    fn retry_release(&mut self) {}
+
     /// What a later process must know of the client to [resume](Self::resume) it, if that has changed since the last call.
     /// The server calls it after each message of a client whose connection is kept. The device has had the descriptors
     /// that the record names kept.

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::warn;
 
@@ -20,6 +20,8 @@ use crate::{info_limited, warn_limited};
 
 /// How long the server waits before it tries again to accept a client.
 const RETRY: Duration = Duration::from_millis(100);
+/// How long the server waits between two calls of [`ServedDevice::retry_release`].
+const RETRY_RELEASE: Duration = Duration::from_secs(2);
 /// The tokens of the descriptors that the server waits for.
 const SIGNAL: u64 = 0;
 const LISTENER: u64 = 1;
@@ -153,7 +155,13 @@ impl Acceptor {
                 events: Events::EPOLLIN,
             },
         ])?;
-        let ready = self.events.wait(None)?;
+        let is_waiting = self.device.is_waiting();
+        let until = is_waiting.then(|| Instant::now() + RETRY_RELEASE);
+        let ready = self.events.wait(until)?;
+        if is_waiting && !ready.contains(SIGNAL) && !ready.contains(LISTENER) {
+            self.device.retry_release();
+            return Ok(None);
+        }
         if ready.contains(SIGNAL) {
             // Sent to stop, or left over from the last client.
             if !self.signal.is_stopped() {
