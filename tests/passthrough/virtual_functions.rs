@@ -1,12 +1,15 @@
 //! Virtual functions of a network card whose physical function VFIO holds, too: VFIO opens them only with a VF token.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 
 use crate::client::{CONFIG, Client};
 use crate::common::daemon::Daemon;
 use crate::devices::Function;
 use crate::program::run;
+use crate::vm::Setup;
 use crate::words;
 
 /// The beginning of all tokens here.
@@ -101,6 +104,41 @@ fn end(daemon: &Daemon) {
     daemon.wait_for_end();
 }
 
+/// Whether QEMU can open the device with the property `vf-token`, or what QEMU prints.
+fn qemu_with(host_iommu: &str, device: &str, token: &str) -> Result<(), String> {
+    let mut qemu = Command::new(Setup::from_environment().qemu);
+    qemu.args([
+        "-S",
+        "-accel",
+        "tcg",
+        "-machine",
+        "q35",
+        "-m",
+        "64",
+        "-nodefaults",
+    ]);
+    qemu.args(["-display", "none", "-monitor", "stdio"]);
+    let mut argument = format!("vfio-pci,host={device},vf-token={token}");
+    if host_iommu == "iommufd" {
+        qemu.args(["-object", "iommufd,id=iommufd"]);
+        argument += ",iommufd=iommufd";
+    }
+    qemu.args(["-device", &argument]);
+    let pipes = (Stdio::piped(), Stdio::piped(), Stdio::piped());
+    let qemu = qemu.stdin(pipes.0).stdout(pipes.1).stderr(pipes.2);
+    let mut running = qemu.spawn().expect("QEMU");
+    let mut monitor = running.stdin.take().expect("a pipe");
+    // Fails if QEMU has ended.
+    let _ = monitor.write_all(b"quit\n");
+    let done = running.wait_with_output().expect("QEMU's end");
+    let output = String::from_utf8_lossy(&done.stderr).into_owned();
+    if done.status.success() {
+        Ok(())
+    } else {
+        Err(output)
+    }
+}
+
 /// `token` must be one that the physical function has not had: VFIO keeps the last one.
 fn open_functions_with(host_iommu: &str, token: &str) {
     eprintln!("{host_iommu}");
@@ -131,6 +169,18 @@ fn open_functions_with(host_iommu: &str, token: &str) {
         (Some(OTHER), "the same `vf-token`"),
     ] {
         vm(vf, token).expect_refusal(cure);
+    }
+    eprintln!("QEMU gives it to a group, and not to an iommufd");
+    let opened = qemu_with(host_iommu, vf, token);
+    match host_iommu {
+        "type1" => assert_eq!(opened, Ok(())),
+        _ => {
+            let output = opened.expect_err("refused");
+            assert!(
+                output.contains("to iommufd") && output.contains("Permission denied"),
+                "{output}"
+            );
+        }
     }
     let of_vf = vm(vf, right);
     let daemon = of_vf.start();
