@@ -103,9 +103,8 @@ fn add_event(
     event: &OwnedFd,
 ) -> io::Result<Option<RegisterWrite>> {
     for _ in 0..TRIES {
-        let random = random()?;
-        let (place, value) = (random >> 32, random as u32);
-        let offset = region.offset + place % (region.size / REGISTER) * REGISTER;
+        let (place, value) = (random()?, random()?);
+        let offset = region.offset + u64::from(place) % (region.size / REGISTER) * REGISTER;
         let added = ioctl::set_register_event(device.as_fd(), offset, value, Some(event.as_fd()));
         match added.map_err(|cause| (cause.raw_os_error(), cause)) {
             Ok(()) => return Ok(Some(RegisterWrite { offset, value })),
@@ -135,9 +134,9 @@ fn bars(device: &File) -> Vec<vfio_region_info> {
     bars
 }
 
-fn random() -> io::Result<u64> {
-    let mut bytes = [0; 8];
+fn random() -> io::Result<u32> {
+    let mut bytes = [0; 4];
     // At most 256 bytes are never cut short.
     getrandom(&mut bytes, GetRandomFlags::empty())?;
-    Ok(u64::from_ne_bytes(bytes))
+    Ok(u32::from_ne_bytes(bytes))
 }
