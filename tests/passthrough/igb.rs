@@ -3,16 +3,18 @@
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::client::{BAR, COMMAND, CONFIG, Client, MEMORY};
 use crate::common::daemon::Daemon;
+use crate::common::kept::Keeper;
 use crate::connection::{IRQ_INFO, REGION_READ, RESET, SET_IRQS, irqs, region};
 use crate::edu_driver::MASTER;
 use crate::export::is_raised;
 use crate::nested::{EDU as CARD, Nested, with_a_working_guest};
+use crate::qtest::Qtest;
 use crate::vm::Setup;
 use crate::words;
 
@@ -20,6 +22,8 @@ use crate::words;
 const ROM: u32 = 6;
 const ROM_SIZE: u32 = 256 << 10;
 const ROM_SIGNATURE: u32 = 0xaa55;
+/// Vendor and device.
+const IDENTITY: u32 = 0x10c9_8086;
 /// The register with the card's power state, in its first capability.
 const POWER_STATE: u64 = 0x44;
 /// The index of MSI-X interrupts, and flags of SET_IRQS.
@@ -273,7 +277,7 @@ fn an_exported_card_has_a_rom_and_sleeps_and_wakes_up() {
         for state in [3u16, 0, 3, 0] {
             client.write(CONFIG, POWER_STATE, &state.to_le_bytes());
             assert_eq!(client.read(CONFIG, POWER_STATE) & 3, u32::from(state));
-            assert_eq!(client.read(CONFIG, 0), 0x10c9_8086, "D{state}");
+            assert_eq!(client.read(CONFIG, 0), IDENTITY, "D{state}");
         }
         client.write(CONFIG, COMMAND, &MEMORY.to_le_bytes());
         assert_ne!(client.load(STATUS), u32::MAX, "the registers answer");
@@ -284,15 +288,85 @@ fn an_exported_card_has_a_rom_and_sleeps_and_wakes_up() {
     }
 }
 
+/// QEMU reads the card's ROM, and puts the card to sleep, as it does for a guest.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
+fn qemu_shows_the_rom_and_the_power_states_each_way() {
+    let card = &words("VIOMMU_IGB")[0];
+    let shared = format!("vfio-pci,host={card},iommufd=iommufd,addr=SLOT");
+    let shared = through_qemu(&["-object", "iommufd,id=iommufd", "-device", &shared]);
+    for (host_iommu, is_kept) in [("iommufd", false), ("type1", false), ("type1", true)] {
+        eprintln!("{host_iommu}, kept: {is_kept}");
+        let keeper = is_kept.then(Keeper::empty);
+        let (daemon, folder) = offered(host_iommu, keeper.as_ref());
+        let socket = folder.path().join("igb");
+        let device = format!(
+            r#"{{"driver":"vfio-user-pci","addr":"SLOT","socket":{{"type":"unix","path":{socket:?}}}}}"#
+        );
+        let exported = through_qemu(&["-device", &device]);
+        if is_kept {
+            // QEMU asks for the whole ROM in one message, of which a kept connection takes 64 KiB.
+            assert_eq!(exported.trim_start_matches("0x").trim_matches('f'), "");
+        } else {
+            assert!(exported.starts_with("0x55aa"), "{}", &exported[..100]);
+            assert!(exported == shared, "{host_iommu}");
+        }
+        daemon.terminate();
+        daemon.wait_for_end();
+    }
+}
+
+/// Checks the card's power states. Returns its ROM in hexadecimal digits.
+fn through_qemu(arguments: &[&str]) -> String {
+    const BAR0: u32 = 0x10;
+    const ROM_BAR: u32 = 0x30;
+    const ROM_ENABLE: u32 = 1;
+    /// Free addresses of the machine.
+    const REGISTERS: u32 = 0xc000_0000;
+    const ROM_AT: u32 = 0xc100_0000;
+    eprintln!("{arguments:?}");
+    let mut qemu = Qtest::start(arguments);
+    assert_eq!(qemu.config(0), IDENTITY);
+    qemu.set_config(ROM_BAR, !ROM_ENABLE);
+    assert_eq!(qemu.config(ROM_BAR), !(ROM_SIZE - 1));
+    qemu.set_config(ROM_BAR, ROM_AT | ROM_ENABLE);
+    qemu.set_config(BAR0, REGISTERS);
+    qemu.set_config(COMMAND as u32, u32::from(MEMORY));
+    let begun = Instant::now();
+    let rom = qemu.read(ROM_AT.into(), ROM_SIZE.into());
+    eprintln!("the ROM after {:?}", begun.elapsed());
+    assert_ne!(qemu.load(u64::from(REGISTERS) + STATUS), u32::MAX);
+    for state in [3, 0, 3, 0] {
+        qemu.set_config(POWER_STATE as u32, state);
+        assert_eq!(qemu.config(POWER_STATE as u32) & 3, state);
+        assert_eq!(qemu.config(0), IDENTITY, "D{state}");
+    }
+    eprintln!("awake");
+    qemu.set_config(COMMAND as u32, u32::from(MEMORY));
+    qemu.set_config(BAR0, REGISTERS);
+    assert_ne!(qemu.load(u64::from(REGISTERS) + STATUS), u32::MAX);
+    rom
+}
+
 /// A daemon that exports the card, its client, and the directory of its socket.
 fn exported(host_iommu: &str) -> (Daemon, Client, tempfile::TempDir) {
+    let (daemon, folder) = offered(host_iommu, None);
+    let client = Client::connect(&folder.path().join("igb"));
+    (daemon, client, folder)
+}
+
+/// A daemon that exports the card, and the directory of its socket.
+fn offered(host_iommu: &str, keeper: Option<&Keeper>) -> (Daemon, tempfile::TempDir) {
     let card = &words("VIOMMU_IGB")[0];
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("igb");
-    let daemon = Daemon::with_config(&format!(
+    let keys = format!(
         "address = '00:05.0'\nhost-iommu = '{host_iommu}'\n\
          [[endpoint]]\naddress = '00:06.0'\nvfio = '{card}'\nexport = {socket:?}\n"
-    ));
-    let client = Client::connect(&socket);
-    (daemon, client, folder)
+    );
+    let daemon = match keeper {
+        Some(keeper) => Daemon::kept_with_config(keeper, &keys, &[]),
+        None => Daemon::with_config(&keys),
+    };
+    (daemon, folder)
 }

@@ -38,6 +38,7 @@ mod moves;
 mod nested;
 mod nesting;
 mod program;
+mod qtest;
 mod records;
 mod register_speed;
 mod resets;
