@@ -332,14 +332,6 @@ impl Device {
         self.connected.store(false, Ordering::Relaxed);
     }
 
-    /// Tells the core that the VMM has made its devices. The VMM counts as present from its first message; only the
-    /// first call after a connection has an effect.
-    pub fn announce_vmm(&self) {
-        if !self.announced.swap(true, Ordering::Relaxed) {
-            self.iommu.lock().connect();
-        }
-    }
-
     /// The VMM is about to share memory, and it holds the virtio device's state: if no ring has started since it
     /// connected, its driver may have domains that the device does not have. The core blocks the endpoints until a ring
     /// shows by its index whose driver it is.

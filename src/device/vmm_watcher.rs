@@ -3,6 +3,8 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use std::sync::atomic::Ordering;
+
 use super::Device;
 
 /// Wants to know of the VMM's connection, because the VMM's process has something for it.
@@ -32,6 +34,14 @@ impl Device {
     pub fn tell_connection(&self, socket: BorrowedFd<'_>) {
         if let Some(watcher) = self.watcher.get() {
             watcher.connected(socket);
+        }
+    }
+
+    /// Tells the core that the VMM has made its devices. The VMM counts as present from its first message; only the
+    /// first call after a connection has an effect.
+    pub fn announce_vmm(&self) {
+        if !self.announced.swap(true, Ordering::Relaxed) {
+            self.iommu.lock().connect();
         }
     }
 

@@ -17,13 +17,14 @@ use zerocopy::FromBytes;
 use super::hot_reset::{HotResetRegistry, Names, RegisteredDevice, Release, StaleReason};
 use super::irqs::{ExportedIrqs, IrqsRecord, errno_of};
 use super::lending::Lending;
+use super::regions::{ABSENT, ExportedRegion, exported_region};
 use crate::process::keeper::Keeper;
 use crate::vfio::{DeviceAccess, DeviceInfo, HostFunction, RegionInfo};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody, RegionAccessBody};
 use crate::vfio_user::server::{
-    ClientFiles, DescriptorKeeping, DeviceRecord, DeviceSummary, IrqKind, IrqSet, RegionCapability,
-    RegionFile, ServedDevice, ServedRegion,
+    ClientFiles, DescriptorKeeping, DeviceRecord, DeviceSummary, IrqKind, IrqSet, RegionFile,
+    ServedDevice, ServedRegion,
 };
 use crate::vfio_user::version::{Capabilities, Version};
 use crate::{info_limited, warn_limited};
@@ -34,13 +35,6 @@ const MAX_PARTS: u32 = 64;
 const COMMAND: u64 = 0x04;
 /// The bits of the command register for I/O and memory accesses to the device and for its DMA (bus master).
 const COMMAND_ENABLES: u16 = 0b111;
-/// A region that the kernel has a number for and the device lacks.
-const ABSENT: &ServedRegion = &ServedRegion {
-    flags: 0,
-    size: 0,
-    capabilities: Vec::new(),
-};
-
 /// A VFIO device that a vfio-user client drives.
 pub struct ExportedDevice {
     name: String,
@@ -75,12 +69,6 @@ struct ExportRecord {
     /// The client may have got the device's own descriptor. Absent if not, because older daemons refuse the field.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     lent: bool,
-}
-
-/// A region that the device has.
-struct ExportedRegion {
-    vfio: RegionInfo,
-    served: ServedRegion,
 }
 
 impl ExportedDevice {
@@ -500,18 +488,4 @@ impl Drop for ExportedDevice {
         let is_silent = self.silence().is_ok();
         self.is_silent.store(is_silent, Ordering::Release);
     }
-}
-
-fn exported_region(vfio: RegionInfo) -> ExportedRegion {
-    let capabilities = vfio.capabilities.iter().map(|c| RegionCapability {
-        id: c.id,
-        version: c.version,
-        data: c.data.clone(),
-    });
-    let served = ServedRegion {
-        flags: vfio.flags,
-        size: vfio.size,
-        capabilities: capabilities.collect(),
-    };
-    ExportedRegion { vfio, served }
 }

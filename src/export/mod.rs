@@ -15,6 +15,7 @@ mod device;
 mod hot_reset;
 mod irqs;
 mod lending;
+mod regions;
 mod reset_thread;
 
 use std::io;
