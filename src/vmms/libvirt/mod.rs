@@ -243,15 +243,13 @@ fn hostdev(xml: &mut Xml, config: &Config, controllers: &PciControllers<'_>, dev
 
 /// The address of a device of this configuration at `function`.
 fn address(xml: &mut Xml, config: &Config, controllers: &PciControllers<'_>, function: PciAddress) {
-    let several = has_several_functions(config, function);
-    let more: &[_] = if several {
-        &[("multifunction", "on")]
-    } else {
-        &[]
-    };
+    let mut attributes = vec![("type", "pci")];
+    if has_several_functions(config, function) {
+        attributes.push(("multifunction", "on"));
+    }
     let bus = controllers.bus(config, function).unwrap_or_default();
     let (slot, function) = (function.device(), function.function());
-    write_address(xml, more, 0, bus, slot, function);
+    write_address(xml, &attributes, 0, bus, slot, function);
 }
 
 /// An address with the attributes `others` before its numbers.

@@ -35,6 +35,8 @@ fn arguments(document: &Document<'_>) -> Vec<String> {
 fn place(node: &Node<'_, '_>) -> (u8, u8, u8, bool) {
     let mut addresses = node.children().filter(|it| it.has_tag_name("address"));
     let address = addresses.next().expect("an address");
+    // The schema requires it here, and refuses it in the <source> of a <hostdev>.
+    assert_eq!(address.attribute("type"), Some("pci"));
     let number = |name| {
         let text = address.attribute(name).expect(name);
         u8::from_str_radix(text.trim_start_matches("0x"), 16).expect("a number")
