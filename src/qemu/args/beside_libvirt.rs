@@ -1,10 +1,10 @@
 //! The arguments that libvirt has no elements for.
 
 use super::{
-    QemuArgsError, check_buses, emulated, exported, iommu_device, monitor, ports, slot_problems,
-    socket_path, words,
+    QemuArgsError, check_buses, iommu_device, monitor, ports, slot_problems, socket_path,
+    vfio_user_devices, words,
 };
-use crate::config::{Config, DeviceKind};
+use crate::config::Config;
 use crate::topology::Port;
 
 /// The arguments for a VM of libvirt: the IOMMU, the devices that QEMU reaches over vfio-user, the ports for which
@@ -24,14 +24,8 @@ pub fn beside_libvirt(
     let mut arguments: Vec<_> = wanted
         .map(|port| ("-device", ports::argument(config, port)))
         .collect();
-    for kind in DeviceKind::ALL {
-        match kind {
-            DeviceKind::Exported => arguments.extend(exported::arguments(config)),
-            DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
-            DeviceKind::Passthrough | DeviceKind::ShadowReader => {}
-        }
-    }
     arguments.extend(iommu_device(config, socket)?);
+    arguments.extend(vfio_user_devices(config));
     arguments.extend(monitor(config)?);
     Ok(words(arguments))
 }

@@ -126,17 +126,7 @@ impl QemuArgs {
             ));
         }
         arguments.extend(ports::arguments(config));
-        for kind in DeviceKind::ALL {
-            match kind {
-                DeviceKind::Passthrough => {
-                    arguments.extend(devices.iter().flat_map(PassthroughArguments::arguments));
-                }
-                DeviceKind::Exported => arguments.extend(exported::arguments(config)),
-                DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
-                // No arguments: the process with the shadow reader offers the device to QEMU itself.
-                DeviceKind::ShadowReader => {}
-            }
-        }
+        arguments.extend(devices.iter().flat_map(PassthroughArguments::arguments));
         // After a sleep the guest's driver waits for answers on rings that it has not set up again.
         let controller = match (config.machine, others) {
             (Machine::Virt, _) => None,
@@ -148,6 +138,7 @@ impl QemuArgs {
             arguments.push(("-global", format!("{controller}.disable_s4=1")));
         }
         arguments.extend(iommu_device(config, socket)?);
+        arguments.extend(vfio_user_devices(config));
         arguments.push(description);
         arguments.extend(monitor(config)?);
         let mut notes = Vec::new();
@@ -176,6 +167,21 @@ impl QemuArgs {
         notes.extend(problems.iter().map(ToString::to_string));
         Ok(Self { arguments, notes })
     }
+}
+
+/// The devices that QEMU reaches over vfio-user. Their arguments must come after the IOMMU's: there QEMU waits for the daemon's
+/// answer, and a daemon that systemd starts for QEMU's connection has made the sockets of these devices before it answers.
+fn vfio_user_devices(config: &Config) -> Vec<(&'static str, String)> {
+    let mut arguments = Vec::new();
+    for kind in DeviceKind::ALL {
+        match kind {
+            DeviceKind::Exported => arguments.extend(exported::arguments(config)),
+            DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
+            // QEMU opens the device, or the process with the shadow reader offers it to QEMU itself.
+            DeviceKind::Passthrough | DeviceKind::ShadowReader => {}
+        }
+    }
+    arguments
 }
 
 /// The path of the VMM's socket.

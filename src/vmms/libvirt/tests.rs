@@ -75,14 +75,14 @@ fn the_domain_has_all_that_the_iommu_needs() {
     assert_eq!(
         arguments(&document),
         [
-            "-device",
-            r#"{"addr":"07.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-07-0","socket":{"path":"/e","type":"unix"}}"#,
-            "-device",
-            r#"{"addr":"06.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-06-0","socket":{"path":"/l","type":"unix"}}"#,
             "-chardev",
             "socket,id=viommu-socket,path=/run/a.sock",
             "-device",
             "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,config_size=40,chardev=viommu-socket,addr=05.0",
+            "-device",
+            r#"{"addr":"07.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-07-0","socket":{"path":"/e","type":"unix"}}"#,
+            "-device",
+            r#"{"addr":"06.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-06-0","socket":{"path":"/l","type":"unix"}}"#,
             "-qmp",
             "unix:/run/q,server=on,wait=off",
         ]
