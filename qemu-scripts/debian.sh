@@ -14,7 +14,11 @@
 #   --devices       give the machine an emulated IOMMU (VT-d or SMMUv3) and two edu devices, bound to vfio-pci:
 #                   0000:00:10.0, 0000:00:11.0
 #   --libvirt       boot the Debian that has libvirt (see setup.sh --libvirt); amd64 only
-#   --kvm           load KVM's modules, so that VMs in the machine are not emulated twice; amd64 only
+#   --libvirt-newest
+#                   boot the Debian that has the libvirt of the backports, with a kernel of its own, which has iommufd; amd64
+#                   only
+#   --kvm           load KVM's modules, so that VMs in the machine are not emulated twice (the kernel of --libvirt-newest needs
+#                   none); amd64 only
 #   --memory SIZE   default: 1G
 #   --processors N  default: 2
 #   --timeout S     stop the machine after so many seconds, status 124; default: 300
@@ -49,6 +53,7 @@ while [ $# -gt 0 ]; do
         ;;
     --devices) with_devices=yes ;;
     --libvirt) disk=LIBVIRT ;;
+    --libvirt-newest) disk=LIBVIRT_NEWEST ;;
     --kvm) with_kvm=yes ;;
     -h | --help)
         usage
@@ -69,13 +74,17 @@ cache_open
 arch_open "$arch"
 disk_variable=VIOMMU_${disk}_DISK
 if [ -z "${!disk_variable:-}" ] || [ "${VIOMMU_ARCH:-amd64}" != "$ARCH" ]; then
-    setup=$("$SCRIPTS/setup.sh" --arch "$ARCH" "--${disk,,}" --print)
+    option=--${disk,,}
+    setup=$("$SCRIPTS/setup.sh" --arch "$ARCH" "${option%_newest}" --print)
     set -a
     eval "$setup"
     set +a
 fi
 # NAME:RELEASE:VMLINUZ:INITRAMFS, the oldest kernel first.
 IFS=: read -r _ release kernel initramfs <<<"${VIOMMU_STORAGE_KERNELS%% *}"
+if [ $disk = LIBVIRT_NEWEST ]; then
+    kernel=$VIOMMU_LIBVIRT_KERNEL initramfs=$VIOMMU_LIBVIRT_INITRAMFS
+fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-debian-XXXXXX")
 qemu=''
@@ -95,7 +104,7 @@ console=${log:-$work/console}
 : >"$work/status"
 
 mkdir -p "$work/init/host"
-if [ $with_kvm = yes ]; then
+if [ $with_kvm = yes ] && [ $disk != LIBVIRT_NEWEST ]; then
     kvm_modules "$release" "$work/kernel" "$work/init/kvm"
 fi
 for file in "${files[@]}"; do

@@ -17,8 +17,9 @@
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
-#   --libvirt       also install a second Debian, with libvirt and a QEMU of its own (amd64 only): 100 MB to download, four
-#                   minutes
+#   --libvirt       also install a second Debian, with libvirt and a QEMU of its own, and a third with a newer libvirt, and
+#                   build a kernel for it that has iommufd and AppArmor (amd64 only): 200 MB to download besides the kernel's
+#                   source, a quarter of an hour
 #   --firmware      also fetch a UEFI firmware (OVMF; arm64: AAVMF) and make a GRUB for it: 20 MB to download
 #   --promtool      also fetch promtool, which tests the alert rules of packaging/monitoring: 20 MB to download
 #   --print         also write CACHE/env to standard output
@@ -135,15 +136,29 @@ if debian_root_there; then
     debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
 fi
 
-libvirt_entry=
+libvirt_entries=
 if [ "$ARCH" = amd64 ]; then
-    debian_root_with_libvirt
+    IFS=: read -r _ _ image storage <<<"${storage_entries[0]}"
+    for which in '' newest; do
+        debian_root_with_libvirt $which
+        if [ $libvirt = yes ]; then
+            debian_root_ready "$image" "$storage"
+        fi
+        if debian_root_there; then
+            libvirt_entries+="VIOMMU_LIBVIRT_${which:+NEWEST_}DISK=\"$DEBIAN_ROOT/disk\"
+"
+        fi
+    done
     if [ $libvirt = yes ]; then
-        IFS=: read -r _ _ image storage <<<"${storage_entries[0]}"
-        debian_root_ready "$image" "$storage"
+        libvirt_kernel_ready
     fi
-    if debian_root_there; then
-        libvirt_entry="VIOMMU_LIBVIRT_DISK=\"$DEBIAN_ROOT/disk\""
+    if libvirt_kernel_there; then
+        initramfs "$LIBVIRT_KERNEL_DIR"
+        libvirt_entries+="VIOMMU_LIBVIRT_KERNEL=\"$LIBVIRT_KERNEL_DIR/vmlinuz\"
+VIOMMU_LIBVIRT_GUEST_INITRAMFS=\"$INITRAMFS\"
+"
+        storage_initramfs "$LIBVIRT_KERNEL_DIR"
+        libvirt_entries+="VIOMMU_LIBVIRT_INITRAMFS=\"$INITRAMFS\""
     fi
 fi
 
@@ -178,7 +193,7 @@ VIOMMU_KERNELS="${entries[*]}"
 VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
 $debian_entry
-$libvirt_entry
+$libvirt_entries
 $firmware_entries
 $promtool_entry
 ENV

@@ -3,14 +3,15 @@
 # shellcheck disable=SC2034 # the scripts that source this file use some names
 #
 # Makes a disk with a clean Debian for a machine to boot from: Debian's essential packages, systemd and udev; a second disk
-# also has libvirt. dpkg installs them, in a machine of its own. Needs no root.
+# also has libvirt, and a third one has the libvirt of the backports. dpkg installs them, in a machine of its own. Needs no root.
 
 DEBIAN_ROOT_SUITE=trixie
 DEBIAN_ROOT_SIZE=768M
 # The essential packages; systemd and udev, which make a bootable system of them; AppArmor's parser.
-DEBIAN_ROOT_PACKAGES="base-files base-passwd bash bsdutils coreutils dash debianutils diffutils dpkg findutils grep
+DEBIAN_PLAIN_PACKAGES="base-files base-passwd bash bsdutils coreutils dash debianutils diffutils dpkg findutils grep
 gzip hostname init-system-helpers libc-bin login ncurses-base ncurses-bin perl-base sed sysvinit-utils tar util-linux
 systemd-sysv udev apparmor"
+DEBIAN_ROOT_PACKAGES=$DEBIAN_PLAIN_PACKAGES
 # Seconds for dpkg's work under emulation, which takes a minute on an idle machine.
 DEBIAN_ROOT_LIMIT=900
 DEBIAN_ROOT_NOTE="a minimal Debian (about 33 MB)"
@@ -18,12 +19,26 @@ DEBIAN_ROOT_NOTE="a minimal Debian (about 33 MB)"
 DEBIAN_LIBVIRT_PACKAGES="libvirt-daemon-system libvirt-clients qemu-system-x86/trixie-backports
 qemu-system-common/trixie-backports qemu-system-data/trixie-backports seabios/trixie-backports"
 
-# debian_root_with_libvirt: makes the disk with libvirt the one that all functions here mean from now on.
+# The libvirt of the backports. apt takes a package from there only if it is named, dependencies too.
+DEBIAN_NEWEST_LIBVIRT_PARTS="libvirt-common libvirt0 libvirt-daemon libvirt-daemon-common libvirt-daemon-log
+libvirt-daemon-driver-network libvirt-daemon-driver-nodedev libvirt-daemon-driver-nwfilter libvirt-daemon-driver-qemu
+libvirt-daemon-driver-secret libvirt-daemon-driver-storage libvirt-daemon-config-network libvirt-daemon-config-nwfilter"
+
+# debian_root_with_libvirt [newest]: makes the disk with libvirt the one that all functions here mean from now on, or the disk
+# with the libvirt of the backports.
 debian_root_with_libvirt() {
     DEBIAN_ROOT_SIZE=1536M
-    DEBIAN_ROOT_PACKAGES="$DEBIAN_ROOT_PACKAGES $DEBIAN_LIBVIRT_PACKAGES"
+    DEBIAN_ROOT_PACKAGES="$DEBIAN_PLAIN_PACKAGES $DEBIAN_LIBVIRT_PACKAGES"
     DEBIAN_ROOT_LIMIT=1800
     DEBIAN_ROOT_NOTE="Debian with libvirt (about 100 MB)"
+    if [ "${1:-}" = newest ]; then
+        local part parts=''
+        for part in libvirt-daemon-system libvirt-clients $DEBIAN_NEWEST_LIBVIRT_PARTS; do
+            parts+=" $part/trixie-backports"
+        done
+        DEBIAN_ROOT_PACKAGES="$DEBIAN_PLAIN_PACKAGES${DEBIAN_LIBVIRT_PACKAGES/libvirt-daemon-system libvirt-clients/$parts}"
+        DEBIAN_ROOT_NOTE="Debian with the libvirt of its backports (about 100 MB)"
+    fi
 }
 
 # debian_machine: sets DEBIAN_MACHINE, QEMU's arguments for a machine of ARCH without disks and ports (a later -smp

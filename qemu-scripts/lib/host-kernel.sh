@@ -5,7 +5,8 @@
 # Builds the kernel of the L1 machine of ARCH from Debian's kernel source with l1/kernel.config (arm64:
 # l1/kernel-arm64.config), since stock kernels have no iommufd. Uses the machine's C compilers and binutils; all other
 # tools are Debian's, run in place. Builds the kernel of arm64 guests with pages of 64 KiB in the same way, with
-# guest/kernel-64k.config: Debian has none.
+# guest/kernel-64k.config: Debian has none. The kernel of an emulated host with libvirt has the options of debian/kernel.config
+# besides.
 
 HOST_KERNEL_TOOLS="flex bison m4 bc make xz-utils"
 
@@ -15,13 +16,24 @@ host_kernel_source() {
     apt-cache pkgnames linux-source- | grep -xE 'linux-source-([7-9]|[1-9][0-9])\.[0-9]+' | sort -V | tail -n 1
 }
 
-# The kernel that these functions make: l1, or guest-64k inside guest_64k_ready.
+# The kernel that these functions make: l1, guest-64k inside guest_64k_ready, or libvirt inside libvirt_kernel_there and
+# libvirt_kernel_ready.
 KERNEL_KIND=l1
 
 # host_kernel_options: prints the path of the file with the options of ARCH's kernel of that kind.
 host_kernel_options() {
+    local more=$SCRIPTS/debian/kernel.config
     case $KERNEL_KIND:$ARCH in
     guest-64k:*) echo "$SCRIPTS/guest/kernel-64k.config" ;;
+    libvirt:*)
+        mkdir -p "$ARCH_CACHE/kernels"
+        {
+            # Kconfig takes the last line of an option, but host_kernel_config wants to find every line.
+            grep -vE "^($(sed -n 's/^\(CONFIG_[A-Z0-9_]*=\).*/\1/p' "$more" | paste -sd '|'))" "$SCRIPTS/l1/kernel.config"
+            cat "$more"
+        } | write_file "$ARCH_CACHE/kernels/libvirt.config"
+        echo "$ARCH_CACHE/kernels/libvirt.config"
+        ;;
     l1:amd64) echo "$SCRIPTS/l1/kernel.config" ;;
     *) echo "$SCRIPTS/l1/kernel-$ARCH.config" ;;
     esac
@@ -129,4 +141,23 @@ guest_64k_ready() {
     # Without modules for a disk, as without others.
     mkdir -p "$KERNEL_DIR/storage"
     : >"$KERNEL_DIR/storage/load-order"
+}
+
+# libvirt_kernel_there: sets LIBVIRT_KERNEL_DIR to the kernel of an emulated host with libvirt; false if it has not been built
+# yet.
+libvirt_kernel_there() {
+    local KERNEL_KIND=libvirt HOST_KERNEL_DIR status=0
+    host_kernel_there || status=$?
+    LIBVIRT_KERNEL_DIR=$HOST_KERNEL_DIR
+    return $status
+}
+
+# libvirt_kernel_ready: the same, but builds the kernel if it is missing.
+libvirt_kernel_ready() {
+    local KERNEL_KIND=libvirt HOST_KERNEL_DIR
+    host_kernel_ready
+    LIBVIRT_KERNEL_DIR=$HOST_KERNEL_DIR
+    # Without modules for a disk, as without others.
+    mkdir -p "$LIBVIRT_KERNEL_DIR/storage"
+    : >"$LIBVIRT_KERNEL_DIR/storage/load-order"
 }
