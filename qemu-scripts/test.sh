@@ -19,7 +19,8 @@
 #
 # One more suite runs only if it is named:
 #
-#   libvirt      in a Debian of its own, libvirt starts, resets and ends a VM whose guest drives a device of the host
+#   libvirt      in a Debian of its own, libvirt starts, resets and ends a VM whose guest drives a device of the host; in
+#                another one, a newer libvirt opens the device, and the daemon takes it over
 #
 #   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
 #                cross-built, and run under emulation. The run for amd64 leaves most of them out, because they take long
@@ -240,14 +241,22 @@ suite_operations() {
 # Seconds for a VM that boots three times in an emulated machine.
 LIBVIRT_LIMIT=3600
 
+# in_libvirt NAME DEBIAN ARGUMENT...: runs tests in a Debian that has libvirt.
+in_libvirt() {
+    local name=$1 debian=$2
+    shift 2
+    step "libvirt: $name" "$SCRIPTS/debian.sh" "$debian" --devices --kvm --memory 2G --timeout "$LIBVIRT_LIMIT" \
+        --log "$LOGS/libvirt-$name-console.log" --file "$PACKAGE" --file "$LOGS/libvirt" --file "$LOGS/vmlinuz" \
+        --file "$LOGS/initramfs" -- ./libvirt --ignored --test-threads=1 --nocapture "$@"
+}
+
 suite_libvirt() {
     packaged libvirt || return 0
-    # The guest's kernel is the small one of the emulated host, which boots in half the time of a stock one.
-    cp "$VIOMMU_HOST_KERNEL" "$LOGS/vmlinuz"
-    cp "$VIOMMU_L2_INITRAMFS" "$LOGS/initramfs"
-    step "libvirt" "$SCRIPTS/debian.sh" --libvirt --devices --kvm --memory 2G --timeout "$LIBVIRT_LIMIT" \
-        --log "$LOGS/libvirt-console.log" --file "$PACKAGE" --file "$LOGS/libvirt" --file "$LOGS/vmlinuz" \
-        --file "$LOGS/initramfs" -- ./libvirt --ignored --test-threads=1 --nocapture
+    # The guest's kernel is that of the emulated host, which boots in half the time of a stock one.
+    cp "$VIOMMU_LIBVIRT_KERNEL" "$LOGS/vmlinuz"
+    cp "$VIOMMU_LIBVIRT_GUEST_INITRAMFS" "$LOGS/initramfs"
+    in_libvirt exported --libvirt exported::
+    in_libvirt opened --libvirt-newest opened::
 }
 
 # suite_function SUITE: prints the function that runs the suite's part for the processor; nothing if there is none.
@@ -324,7 +333,7 @@ if [ $quick = no ]; then
             ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian --promtool) ;;
-        libvirt) setup+=(--print --libvirt --host-kernel) ;;
+        libvirt) setup+=(--print --libvirt) ;;
         esac
     done
 fi

@@ -121,6 +121,22 @@ impl Drop for Domain {
     fn drop(&mut self) {
         let console = format!("/var/log/libvirt/qemu/{}-console.log", self.name);
         eprintln!("{}", fs::read_to_string(console).unwrap_or_default());
+        let units = [
+            format!("vhost-device-iommu@{}", self.name),
+            format!("vhost-device-iommu-adopt@{}*", self.name),
+        ];
+        let [daemon, helper] = units.each_ref();
+        let journal = [
+            "journalctl",
+            "--no-pager",
+            "-n",
+            "60",
+            "-u",
+            daemon,
+            "-u",
+            helper,
+        ];
+        eprintln!("{}", run(&journal).text);
         run(&["virsh", "destroy", self.name]);
         run(&["virsh", "undefine", self.name]);
     }
