@@ -19,7 +19,7 @@
 #
 # One more suite runs only if it is named:
 #
-#   libvirt      in a Debian of its own, libvirt starts, resets and ends a VM whose guest drives a device of the host; in
+#   libvirt      in a Debian of its own, libvirt starts, reboots and ends a VM whose guest drives a device of the host; in
 #                another one, a newer libvirt opens the device, and the daemon takes it over
 #
 #   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
@@ -238,7 +238,7 @@ suite_operations() {
         --file "$PACKAGE" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
 }
 
-# Seconds for a VM that boots three times in an emulated machine.
+# Seconds for a VM that boots four times in an emulated machine.
 LIBVIRT_LIMIT=3600
 
 # in_libvirt NAME DEBIAN ARGUMENT...: runs tests in a Debian that has libvirt.

@@ -11,6 +11,11 @@ use crate::{
 const RNG: &str = "<rng model='virtio'><backend model='random'>/dev/urandom</backend>\
     <address type='pci' domain='0x0000' bus='0x01' slot='0x00' function='0x0'/></rng>";
 
+/// The guest switches itself off when its power button is pressed, as an operating system would. libvirt then resets it.
+const SWITCH_OFF_BY_BUTTON: &str = "for event in /sys/class/input/event*; do \
+    [ \"$(cat $event/device/name)\" != 'Power Button' ] || button=/dev/input/${event##*/}; done; [ -e $button ] && \
+    { (dd if=$button bs=24 count=1; poweroff -f) >/dev/null 2>&1 & }";
+
 /// libvirt plugs a device in where the file has an endpoint, and out.
 fn plug_in_and_out(vm: &Vm, domain: &mut Domain, name: &str) {
     domain.change("attach-device", RNG);
@@ -89,6 +94,13 @@ fn libvirt_runs_a_vm_behind_the_daemon() {
     notes.add("up after a reset");
     assert_eq!(vm.status()["resets"], resets + 1);
     drive(&vm, &mut domain, ON_BUS_0);
+
+    domain.guest.run(SWITCH_OFF_BY_BUTTON);
+    run_ok(&["virsh", "reboot", NAME, "--mode", "acpi"]);
+    domain.guest.wait_until_up();
+    notes.add("up after a reboot");
+    assert_eq!(vm.status()["resets"], resets + 2);
     assert_eq!(vm.status()["connections"], 1);
+    drive(&vm, &mut domain, ON_BUS_0);
     assert_no_errors(&vm);
 }
