@@ -35,10 +35,10 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// Defines the domain of the VM that `file` describes.
-    pub fn define(name: &'static str, file: &Path) -> Self {
+    /// Defines the domain of the VM that `file` describes, as `change` has changed what is printed.
+    pub fn define(name: &'static str, file: &Path, change: impl FnOnce(String) -> String) -> Self {
         let file = file.to_str().expect("text");
-        let printed = run_ok(&["vhost-device-iommu", "libvirt-xml", file]);
+        let printed = change(run_ok(&["vhost-device-iommu", "libvirt-xml", file]));
         let path = format!("/run/{name}.xml");
         fs::write(&path, Self::completed(name, &printed)).expect("written");
         for image in ["vmlinuz", "initramfs"] {

@@ -51,7 +51,7 @@ fn libvirt_runs_a_vm_behind_the_daemon() {
     vm.start();
     assert!(!is_free(DEVICES[0]), "the daemon has it");
 
-    let mut domain = Domain::define(NAME, &vm.file());
+    let mut domain = Domain::define(NAME, &vm.file(), |xml| xml);
     let ports = domain.xml().matches("model='pcie-root-port'").count();
     assert_eq!(ports, 1, "those of the file: {}", domain.xml());
     domain.start();
