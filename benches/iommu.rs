@@ -12,6 +12,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Predecessor, Settings};
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::topology::{EndpointSpec, PciRange, ReservedRegions, Topology};
 
 const ENDPOINT: EndpointId = EndpointId(0x30);
@@ -42,6 +43,7 @@ fn settings() -> Settings {
         last_domain: 0xffff,
         bypass_at_boot: false,
         arena_limit: 256 << 20,
+        encoding: Encoding::default(),
     }
 }
 

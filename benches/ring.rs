@@ -52,6 +52,7 @@ use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::process::handover::Handover;
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::life::Life;
@@ -548,6 +549,7 @@ fn core() -> Iommu {
         last_domain: config.max_domains - 1,
         bypass_at_boot: config.bypass_at_boot,
         arena_limit: config.arena_limit,
+        encoding: Encoding::default(),
     };
     Iommu::new(settings, config.topology).expect("a core")
 }

@@ -18,6 +18,7 @@ use vhost_device_iommu::backends::MemorySlot;
 use vhost_device_iommu::backends::shadow::Shadow;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::shadow::{
     Limits, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
@@ -68,6 +69,7 @@ impl Bed {
             last_domain: 15,
             bypass_at_boot: false,
             arena_limit: 64 << 20,
+            encoding: Encoding::default(),
         };
         let spec = EndpointSpec {
             range: "00:03.0".parse().expect("an address"),

@@ -12,6 +12,7 @@ use vhost_device_iommu::backends::type1::{GroupDevice, Type1Group};
 use vhost_device_iommu::backends::{BackendCapabilities, DmaBackend, MemorySlot};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Dma, Iommu, Settings};
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::topology::{
     EndpointSpec, PciRange, ReservedKind, ReservedRegion, ReservedRegions, Topology,
 };
@@ -202,6 +203,7 @@ fn core(backend: Box<dyn DmaBackend>, ram: &MemorySlot) -> Iommu {
         last_domain: 0xffff,
         bypass_at_boot: false,
         arena_limit: 64 << 20,
+        encoding: Encoding::default(),
     };
     let mut iommu = Iommu::new(settings, topology).expect("an arena");
     iommu.add_backend(backend, &[ENDPOINT]).expect("added");

@@ -168,6 +168,7 @@ mod tests {
     use super::*;
     use crate::address::PageMask;
     use crate::iommu::Settings;
+    use crate::page_table::Encoding;
     use crate::topology::{ReservedRegions, Topology};
 
     fn core() -> Iommu {
@@ -177,6 +178,7 @@ mod tests {
             last_domain: 15,
             bypass_at_boot: true,
             arena_limit: 1 << 20,
+            encoding: Encoding::default(),
         };
         let reserved = ReservedRegions::new(Vec::new()).expect("no region");
         let at = "00:05.0".parse().expect("an address");

@@ -37,7 +37,7 @@ use crate::endpoints::start::{OpenedDevices, ServedDevices, StartError};
 use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
-use crate::page_table::ArenaError;
+use crate::page_table::{ArenaError, Encoding};
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::process::peer_event;
@@ -154,6 +154,7 @@ impl Daemon {
             last_domain: config.max_domains.saturating_sub(1),
             bypass_at_boot: config.bypass_at_boot,
             arena_limit: config.arena_limit,
+            encoding: Encoding::default(),
         };
         let left = LeftMemory::find(&keeper);
         let mut iommu = if left.is_some() {

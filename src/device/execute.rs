@@ -454,6 +454,8 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
         | RequestError::Misaligned { .. }
         | RequestError::OutsideInputRange { .. }
         | RequestError::PhysOutOfRange(_)
+        | RequestError::TargetsTables(_)
+        | RequestError::TableTooDeep(_)
         | RequestError::Overlap { .. }
         | RequestError::Reserved { .. }
         | RequestError::WouldSplit { .. }

@@ -12,6 +12,7 @@ impl From<&RequestError> for Status {
             | RequestError::Misaligned { .. }
             | RequestError::OutsideInputRange { .. }
             | RequestError::PhysOutOfRange(_)
+            | RequestError::TargetsTables(_)
             | RequestError::WouldSplit { .. } => Self::Range,
             RequestError::NotAttached { .. }
             | RequestError::BypassMismatch { .. }
@@ -33,6 +34,7 @@ impl From<&RequestError> for Status {
             },
             RequestError::Quarantined { .. }
             | RequestError::UnknownDriver
+            | RequestError::TableTooDeep(_)
             | RequestError::Misplaced(_) => Self::DevErr,
         }
     }

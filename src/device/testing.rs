@@ -17,6 +17,7 @@ use crate::ids::EndpointId;
 use crate::iommu::{Iommu, Predecessor, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
+use crate::page_table::Encoding;
 use crate::protocol::reply::TAIL_LEN;
 use crate::protocol::wire::{
     ReqAttach, ReqHead, ReqMap, ReqUnmap, VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_T_ATTACH,
@@ -64,6 +65,7 @@ fn settings() -> (Settings, Topology) {
         last_domain: 15,
         bypass_at_boot: true,
         arena_limit: 4 << 20,
+        encoding: Encoding::default(),
     };
     (settings, topology)
 }

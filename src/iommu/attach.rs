@@ -9,7 +9,7 @@ use super::target::target_of;
 use super::{DriverState, EndpointRecord, Iommu};
 use crate::backends::{AttachError, BackendErrorKind, Target};
 use crate::ids::{DomainId, EndpointId};
-use crate::page_table::{OutOfFrames, Table};
+use crate::page_table::{OutOfFrames, Table, TableRefusal};
 use crate::topology::{GroupId, ReservedRegions};
 
 impl Iommu {
@@ -80,9 +80,13 @@ impl Iommu {
         } else if bypass {
             Some(Domain::new(None))
         } else {
-            let table = Table::new(&mut self.arena, self.levels).map_err(
-                |OutOfFrames { needed, free }| RequestError::OutOfFrames { needed, free },
-            )?;
+            let table =
+                Table::new(&mut self.arena, self.levels).map_err(|refusal| match refusal {
+                    TableRefusal::OutOfFrames(OutOfFrames { needed, free }) => {
+                        RequestError::OutOfFrames { needed, free }
+                    }
+                    TableRefusal::TooDeep(levels) => RequestError::TableTooDeep(levels),
+                })?;
             Some(Domain::new(Some(table)))
         };
         let backend = self.backend_of.get(&endpoint).copied();

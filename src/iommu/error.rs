@@ -5,6 +5,7 @@ use thiserror::Error;
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::backends::BackendError;
 use crate::ids::{DomainId, EndpointId};
+use crate::page_table::Levels;
 use crate::topology::reserved::ReservedRegion;
 
 /// A refused request. Nothing has changed, with one exception: [`RequestError::Quarantined`] blocks
@@ -82,9 +83,15 @@ pub enum RequestError {
         /// The addresses that the IOMMU translates.
         input: IovaRange,
     },
-    /// The last guest-physical address passes 2^52 - 1, the largest that an entry can hold.
+    /// The last guest-physical address passes the largest that an entry of the page tables can hold.
     #[error("the target of {0} passes the last guest-physical address")]
     PhysOutOfRange(Mapping),
+    /// The target has addresses at which hardware finds the page tables.
+    #[error("the target of {0} has addresses of the page tables")]
+    TargetsTables(Mapping),
+    /// The format of the page tables has no tables of this depth.
+    #[error("the format of the page tables has no {} levels; lower the address width", .0.count())]
+    TableTooDeep(Levels),
     /// The range overlaps a mapping.
     #[error("{mapping} overlaps {existing}, which is mapped")]
     Overlap {

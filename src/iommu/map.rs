@@ -64,6 +64,7 @@ impl Iommu {
                     RequestError::OutOfFrames { needed, free }
                 }
                 MapRefusal::OutOfRange => RequestError::PhysOutOfRange(*mapping),
+                MapRefusal::TargetsTables => RequestError::TargetsTables(*mapping),
                 MapRefusal::Misaligned => RequestError::Misaligned {
                     mapping: *mapping,
                     granule: PageMask::TABLE.granule(),

@@ -47,7 +47,7 @@ use std::collections::BTreeMap;
 use crate::address::{IovaRange, PageMask};
 use crate::backends::{DmaBackend, MemorySlot};
 use crate::ids::{DomainId, EndpointId};
-use crate::page_table::{Arena, ArenaError, Levels};
+use crate::page_table::{Arena, ArenaError, Encoding, Format, Levels};
 use crate::store::Store;
 use crate::topology::{GroupId, MAX_ENDPOINTS, PciRange, ReservedRegions, Topology};
 
@@ -73,6 +73,19 @@ pub struct Settings {
     pub bypass_at_boot: bool,
     /// Size of the page-table arena in bytes.
     pub arena_limit: u64,
+    /// How the page tables are encoded: for hardware that walks them, its format and the arena's place.
+    pub encoding: Encoding,
+}
+
+/// The depth of tables of `format` that translate `width` bits of address.
+fn levels_for(width: u8, format: Format) -> Result<Levels, ArenaError> {
+    let bits = u32::from(width);
+    let levels = Levels::for_width(bits).unwrap_or(Levels::Five);
+    if format.has_levels(levels) {
+        return Ok(levels);
+    }
+    let most = format.most_levels().address_bits();
+    Err(ArenaError::TooWide { bits, most })
 }
 
 /// The state of an endpoint that is attached or quarantined. Unattached endpoints have none.
@@ -153,6 +166,7 @@ impl Iommu {
 
     /// Makes an IOMMU whose store is not complete.
     fn build(settings: Settings, topology: Topology, adopting: bool) -> Result<Self, ArenaError> {
+        let levels = levels_for(settings.address_width, settings.encoding.format)?;
         let domains = records::most_domains(settings.last_domain, settings.arena_limit);
         let mut iommu = Self {
             topology,
@@ -163,13 +177,13 @@ impl Iommu {
             backend_of: BTreeMap::new(),
             input: IovaRange::of_width(settings.address_width),
             page_sizes: settings.page_sizes,
-            levels: Levels::for_width(settings.address_width.into()).unwrap_or(Levels::Five),
+            levels,
             last_domain: settings.last_domain,
             probe_size: 0,
             bypass_at_boot: settings.bypass_at_boot,
             bypass: settings.bypass_at_boot,
             driver: DriverState::Known,
-            arena: Arena::new(settings.arena_limit)?,
+            arena: Arena::with_encoding(settings.arena_limit, settings.encoding)?,
             store: Store::new(domains, MAX_ENDPOINTS)?,
             adopting,
             suspects: Vec::new(),

@@ -11,7 +11,7 @@ use super::restore::RestoreError;
 use super::{EndpointRecord, Iommu};
 use crate::address::IovaRange;
 use crate::ids::{DomainId, EndpointId};
-use crate::page_table::{LeftArena, MapRefusal, Table, TableOffset, TornTable};
+use crate::page_table::{LeftArena, MapRefusal, Table, TableOffset, TableRefusal, TornTable};
 use crate::store::{JournalEntry, Loaded, StoredDomain};
 use crate::topology::GroupId;
 
@@ -71,7 +71,10 @@ impl Iommu {
             }
             let left_out = planned.get(&id).map_or(&[][..], Vec::as_slice);
             let table = Table::new(&mut self.arena, self.levels);
-            let table = table.map_err(RestoreError::OutOfFrames)?;
+            let table = table.map_err(|refusal| match refusal {
+                TableRefusal::OutOfFrames(cause) => RestoreError::OutOfFrames(cause),
+                TableRefusal::TooDeep(_) => RestoreError::Offer,
+            })?;
             let made = domains.entry(id).or_insert_with(|| Domain::new(None));
             let table = made.table.insert(table);
             // A domain without a record is empty. Its endpoints are quarantined in it, and not detached: without a domain,

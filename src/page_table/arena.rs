@@ -8,8 +8,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::error::ArenaError;
 use super::layout::{
-    ABI_VERSION, Entry, FRAME_BYTES, FRAME_WORDS, HEADER_FRAMES, HEADER_LEVELS, HEADER_MAGIC,
-    HEADER_VERSION, Levels, MAGIC, TableOffset,
+    Encoding, Entry, FRAME_BYTES, FRAME_WORDS, Format, HEADER_LEVELS, HEADER_MAGIC, Levels, MAGIC,
+    TableOffset, first_words,
 };
 use super::reader::View;
 use super::words::SharedWords;
@@ -31,6 +31,12 @@ pub struct Arena {
     /// mapping can still write.
     #[cfg(not(miri))]
     shared: bool,
+    /// See [`Arena::pin`].
+    pinned: bool,
+    encoding: Encoding,
+    /// The guest-physical addresses that must not be mapped, because hardware finds the arena there: first and last. The
+    /// first is above the last if there are none.
+    own: (u64, u64),
     frames: u32,
     /// The first frame that was never used. All frames after it are unused, too.
     watermark: u32,
@@ -45,12 +51,21 @@ pub struct Arena {
 }
 
 impl Arena {
+    /// Makes an arena for software: [`Self::with_encoding`] in the default encoding.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::with_encoding`].
+    pub fn new(limit_bytes: u64) -> Result<Self, ArenaError> {
+        Self::with_encoding(limit_bytes, Encoding::default())
+    }
+
     /// Makes an arena of `limit_bytes`, rounded down to whole frames, but of at least two frames.
     ///
     /// # Errors
     ///
-    /// The limit exceeds 2^32 frames, or the system refuses the memfd or the mapping.
-    pub fn new(limit_bytes: u64) -> Result<Self, ArenaError> {
+    /// The limit exceeds 2^32 frames, the arena cannot lie at its base, or the system refuses the memfd or the mapping.
+    pub fn with_encoding(limit_bytes: u64, encoding: Encoding) -> Result<Self, ArenaError> {
         let too_large = ArenaError::TooLarge { limit_bytes };
         let Ok(frames) = u32::try_from(limit_bytes / FRAME_BYTES) else {
             return Err(too_large);
@@ -59,18 +74,26 @@ impl Arena {
         let Ok(bytes) = usize::try_from(u64::from(frames) * FRAME_BYTES) else {
             return Err(too_large);
         };
+        encoding.check(bytes as u64)?;
+        let own = match encoding.base {
+            0 => (u64::MAX, 0),
+            base => (base, base + (bytes as u64 - 1)),
+        };
         // Reserve room for every frame now, so that no commit can fail for lack of it. The system
         // provides memory only for the part in use.
         let list = || {
             let mut list = Vec::new();
             list.try_reserve_exact(frames as usize)
                 .map_err(|_| ArenaError::Lists { frames })?;
-            Ok(list)
+            Ok::<_, ArenaError>(list)
         };
         let arena = Self {
             memory: Arc::new(SharedWords::new(c"viommu-arena", bytes)?),
             #[cfg(not(miri))]
             shared: false,
+            pinned: false,
+            encoding,
+            own,
             frames,
             watermark: 1,
             free: list()?,
@@ -78,10 +101,30 @@ impl Arena {
             retired: list()?,
             record_bytes: 0,
         };
-        arena.set_header(HEADER_VERSION, ABI_VERSION);
-        arena.set_header(HEADER_FRAMES, u64::from(frames));
+        for (index, word) in first_words(encoding, frames) {
+            arena.set_header(index, word);
+        }
         arena.set_header(HEADER_MAGIC, MAGIC);
         Ok(arena)
+    }
+
+    /// How the tables are encoded.
+    #[inline(always)]
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// The format of the tables.
+    #[inline(always)]
+    pub fn format(&self) -> Format {
+        self.encoding.format
+    }
+
+    /// Whether hardware that walks the tables finds a part of the arena at the guest-physical addresses `first..=last`.
+    /// Never with base 0.
+    #[inline(always)]
+    pub(super) fn lies_in(&self, first: u64, last: u64) -> bool {
+        first <= self.own.1 && last >= self.own.0
     }
 
     /// The number of frames, including the header.
@@ -148,6 +191,12 @@ impl Arena {
         })
     }
 
+    /// Keeps every frame's memory where it is, for as long as the arena exists. Must be called before hardware gets the
+    /// memory: it pins the frames, and would not notice that a hole in the memfd is filled by other memory.
+    pub fn pin(&mut self) {
+        self.pinned = true;
+    }
+
     /// The memfd.
     #[cfg(not(miri))]
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -156,7 +205,7 @@ impl Arena {
 
     /// The view that a reader has.
     pub fn view(&self) -> View<'_> {
-        View::new(self.memory.words())
+        View::new(self.memory.words(), self.encoding)
     }
 
     /// Makes the retired frames available again.
@@ -168,6 +217,9 @@ impl Arena {
             return;
         }
         self.free.append(&mut self.retired);
+        if self.pinned {
+            return;
+        }
         #[cfg(not(miri))]
         if self.shared {
             return;

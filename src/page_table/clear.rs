@@ -34,21 +34,22 @@ impl<'a> Clear<'a> {
     /// Clears `first..=last` of `table`, at `level`. The range must split no leaf. Returns how many
     /// entries of `table` became free.
     pub(super) fn part(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
+        let encoding = self.arena.encoding();
         let mut removed = 0;
         let mut at = first;
         loop {
             let until = last.min(at | (entry_bytes(level) - 1));
             let slot = table.slot(index(at, level));
             let entry = self.arena.load(slot);
-            if entry.is_leaf(level) {
+            if entry.is_leaf(encoding.format, level) {
                 self.arena.store(slot, Entry::FREE);
                 self.count(entry, level);
                 removed += 1;
-            } else if entry.is_table(level) {
-                let below = entry.next_table();
+            } else if entry.is_table(encoding.format, level) {
+                let below = entry.next_table(encoding);
                 if is_whole_entry(level, at, until) {
                     self.arena.store(slot, Entry::FREE);
-                    self.whole(below, level - 1, entry.used());
+                    self.whole(below, level - 1, entry.used(encoding.format));
                     self.retire(below);
                     removed += 1;
                 } else {
@@ -65,11 +66,13 @@ impl<'a> Clear<'a> {
 
     /// Clears all of `table`, at `level`. At most `used` entries may be in use.
     pub(super) fn whole(&mut self, table: TableOffset, level: u32, used: u64) {
+        let encoding = self.arena.encoding();
+        let format = encoding.format;
         if level == 1 {
             let (mut leaves, mut mappings) = (0, 0);
             self.arena.clear(table, used, |leaf| {
                 leaves += 1;
-                mappings += u64::from(leaf.has(Entry::LAST));
+                mappings += u64::from(leaf.is_last(format));
             });
             self.totals.bytes += leaves * FRAME_BYTES;
             self.totals.mappings += mappings;
@@ -87,9 +90,10 @@ impl<'a> Clear<'a> {
             }
             left -= 1;
             self.arena.store(slot, Entry::FREE);
-            if entry.is_table(level) {
-                self.whole(entry.next_table(), level - 1, entry.used());
-                self.retire(entry.next_table());
+            if entry.is_table(format, level) {
+                let below = entry.next_table(encoding);
+                self.whole(below, level - 1, entry.used(format));
+                self.retire(below);
             } else {
                 self.count(entry, level);
             }
@@ -102,13 +106,15 @@ impl<'a> Clear<'a> {
         if removed == 0 {
             return 0;
         }
-        if removed < entry.used() {
-            self.arena
-                .store(slot, entry.with_used(entry.used() - removed));
+        let encoding = self.arena.encoding();
+        let used = entry.used(encoding.format);
+        if removed < used {
+            let less = entry.with_used(encoding.format, used - removed);
+            self.arena.store(slot, less);
             return 0;
         }
         self.arena.store(slot, Entry::FREE);
-        self.retire(entry.next_table());
+        self.retire(entry.next_table(encoding));
         1
     }
 
@@ -119,6 +125,6 @@ impl<'a> Clear<'a> {
 
     fn count(&mut self, leaf: Entry, level: u32) {
         self.totals.bytes += entry_bytes(level);
-        self.totals.mappings += u64::from(leaf.has(Entry::LAST));
+        self.totals.mappings += u64::from(leaf.is_last(self.arena.format()));
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
+use super::layout::{Levels, WrongBase};
 use crate::address::IovaRange;
 
 /// The arena could not be made or opened.
@@ -14,6 +15,19 @@ pub enum ArenaError {
     TooLarge {
         /// The requested limit.
         limit_bytes: u64,
+    },
+    /// It cannot lie at its base.
+    #[error(transparent)]
+    Base(#[from] WrongBase),
+    /// The format has no tables that translate so many bits of address.
+    #[error(
+        "page tables of their format translate {most} bits of address; lower the address width from {bits}"
+    )]
+    TooWide {
+        /// The wanted width in bits.
+        bits: u32,
+        /// The most that the format has.
+        most: u32,
     },
     /// A system call on the memfd failed.
     #[error("cannot {action} for the page tables")]
@@ -45,16 +59,33 @@ pub struct OutOfFrames {
     pub free: u64,
 }
 
+/// A table cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum TableRefusal {
+    /// The arena has too few free frames.
+    #[error(transparent)]
+    OutOfFrames(#[from] OutOfFrames),
+    /// The format of the arena has no tables of this depth.
+    #[error("the format of the page tables has no {} levels", .0.count())]
+    TooDeep(Levels),
+}
+
 /// A MAP is refused; nothing has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum MapRefusal {
     /// The range or the guest-physical address does not consist of whole 4 KiB pages.
     #[error("the range or the guest-physical address is not a multiple of 4 KiB")]
     Misaligned,
-    /// The range passes the last address of the table, or the guest-physical range passes
-    /// 2^52 - 1.
-    #[error("the range passes the end of the table, or the guest-physical range passes 2^52 - 1")]
+    /// The range passes the last address of the table, or the guest-physical range passes the end of
+    /// the addresses of the table's format.
+    #[error(
+        "the range passes the end of the table, or the guest-physical range passes the last address of its format"
+    )]
     OutOfRange,
+    /// The guest-physical range shares an address with the arena: an endpoint whose hardware walks the
+    /// tables would reach them.
+    #[error("the guest-physical range leads to the page tables")]
+    TargetsTables,
     /// Part of the range is mapped already. Carries the first leaf mapped there.
     #[error("{0} is mapped already")]
     Overlap(IovaRange),

@@ -25,6 +25,7 @@ impl FrameCount<'_> {
         first: u64,
         last: u64,
     ) -> Result<u64, Occupied> {
+        let encoding = self.arena.encoding();
         let mut needed = 0;
         let mut at = first;
         loop {
@@ -32,8 +33,8 @@ impl FrameCount<'_> {
             let entry = self.arena.load(table.slot(index(at, level)));
             if entry.is_free() {
                 needed += self.frames_below_free(level, at, until);
-            } else if entry.is_table(level) && !is_whole_entry(level, at, until) {
-                needed += self.frames_for(entry.next_table(), level - 1, at, until)?;
+            } else if entry.is_table(encoding.format, level) && !is_whole_entry(level, at, until) {
+                needed += self.frames_for(entry.next_table(encoding), level - 1, at, until)?;
             } else {
                 return Err(Occupied(at));
             }
@@ -97,10 +98,13 @@ impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
 
     /// Fills a part of the entry in `slot`. Returns 1 if the entry was free, and 0 otherwise.
     fn part_of_entry(&mut self, slot: usize, level: u32, first: u64, last: u64) -> u64 {
+        let encoding = self.arena.encoding();
         let entry = self.arena.load(slot);
         if !entry.is_free() {
-            let used = self.table(entry.next_table(), level - 1, first, last);
-            self.arena.store(slot, entry.with_used(entry.used() + used));
+            let used = self.table(entry.next_table(encoding), level - 1, first, last);
+            let used = entry.used(encoding.format) + used;
+            self.arena
+                .store(slot, entry.with_used(encoding.format, used));
             return 0;
         }
         let Some(table) = self.arena.allocate() else {
@@ -108,7 +112,7 @@ impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
         };
         // Store the pointer last, so that a reader that follows it finds the new table filled.
         let used = self.table(table, level - 1, first, last);
-        self.arena.store(slot, Entry::table(table, used));
+        self.arena.store(slot, Entry::table(encoding, table, used));
         1
     }
 }

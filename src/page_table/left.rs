@@ -9,8 +9,8 @@ use thiserror::Error;
 
 use super::error::ArenaError;
 use super::layout::{
-    ABI_VERSION, Entry, FRAME_BYTES, FRAME_WORDS, HEADER_FRAMES, HEADER_MAGIC, HEADER_VERSION,
-    Levels, MAGIC, TOP_LEAF_LEVEL, TableOffset, entry_bytes,
+    Encoding, Entry, FRAME_BYTES, FRAME_WORDS, Format, Levels, TOP_LEAF_LEVEL, TableOffset,
+    entry_bytes, read_header,
 };
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 
@@ -32,6 +32,7 @@ pub enum TornTable {
 #[derive(Debug)]
 pub struct LeftArena<'a> {
     words: &'a [AtomicU64],
+    encoding: Encoding,
     frames: u64,
     /// One bit for each frame: it has been read.
     seen: Vec<u64>,
@@ -41,24 +42,14 @@ impl<'a> LeftArena<'a> {
     /// The arena in `words`, which begin with its header.
     ///
     /// # Errors
-    /// The header is not that of an arena of this version and size.
+    /// The header is not that of an arena of a known version and format, and of this size.
     pub fn new(words: &'a [AtomicU64]) -> Result<Self, ArenaError> {
-        let header = |index: usize| words.get(index).map_or(0, |w| w.load(Ordering::Acquire));
-        if header(HEADER_MAGIC) != MAGIC {
-            return Err(ArenaError::NotAnArena("the magic number is missing"));
-        }
-        if header(HEADER_VERSION) != ABI_VERSION {
-            return Err(ArenaError::NotAnArena("it has another version"));
-        }
+        let encoding = read_header(words, size_of_val(words))?;
         let frames = (words.len() / FRAME_WORDS) as u64;
-        if header(HEADER_FRAMES) != frames {
-            return Err(ArenaError::NotAnArena(
-                "its size differs from that in its header",
-            ));
-        }
         let seen = vec![0; words.len() / FRAME_WORDS / 64 + 1];
         Ok(Self {
             words,
+            encoding,
             frames,
             seen,
         })
@@ -150,6 +141,7 @@ impl<F> LeftWalk<F> {
         F: FnMut(&Mapping) -> Result<(), E>,
     {
         let start = arena.enter(table)?;
+        let encoding = arena.encoding;
         let words = arena.words.get(start..start + FRAME_WORDS).unwrap_or(&[]);
         for (index, word) in (0u64..).zip(words) {
             let entry = Entry::from_bits(word.load(Ordering::Acquire));
@@ -157,13 +149,14 @@ impl<F> LeftWalk<F> {
                 continue;
             }
             let first = base | (index * entry_bytes(level));
-            if entry.is_table(level) {
-                if Entry::table(entry.next_table(), entry.used()) != entry {
+            if entry.is_table(encoding.format, level) {
+                let below = entry.next_table(encoding);
+                if Entry::table(encoding, below, entry.used(encoding.format)) != entry {
                     return Err(TornTable::UnknownEntry(Iova(first)).into());
                 }
-                self.table(arena, entry.next_table(), level - 1, first)?;
-            } else if entry.is_leaf(level) && level <= TOP_LEAF_LEVEL {
-                self.leaf(entry, level, first)?;
+                self.table(arena, below, level - 1, first)?;
+            } else if entry.is_leaf(encoding.format, level) && level <= TOP_LEAF_LEVEL {
+                self.leaf(encoding.format, entry, level, first)?;
             } else {
                 return Err(TornTable::UnknownEntry(Iova(first)).into());
             }
@@ -171,7 +164,13 @@ impl<F> LeftWalk<F> {
         Ok(())
     }
 
-    fn leaf<E: From<TornTable>>(&mut self, entry: Entry, level: u32, first: u64) -> Result<(), E>
+    fn leaf<E: From<TornTable>>(
+        &mut self,
+        format: Format,
+        entry: Entry,
+        level: u32,
+        first: u64,
+    ) -> Result<(), E>
     where
         F: FnMut(&Mapping) -> Result<(), E>,
     {
@@ -181,12 +180,12 @@ impl<F> LeftWalk<F> {
             // A range that is left out splits no mapping.
             return self.close(Iova(first)).map_err(E::from);
         }
-        let (gpa, access, mmio) = (entry.gpa(level), entry.access(), entry.mmio());
-        let marks = entry.bits() & (Entry::FIRST | Entry::LAST);
-        if Entry::leaf(level, gpa.0, access, mmio).with(marks) != entry {
+        let (gpa, access, mmio) = (entry.gpa(level), entry.access(format), entry.mmio(format));
+        let marks = entry.bits() & (format.first() | format.last());
+        if Entry::leaf(format, level, gpa.0, access, mmio).with(marks) != entry {
             return Err(TornTable::UnknownEntry(Iova(first)).into());
         }
-        if entry.has(Entry::FIRST) {
+        if entry.is_first(format) {
             self.close(Iova(first))?;
             self.open = Some(OpenMapping {
                 first,
@@ -207,7 +206,7 @@ impl<F> LeftWalk<F> {
             }
             open.next = last + 1;
         }
-        if entry.has(Entry::LAST)
+        if entry.is_last(format)
             && let Some(open) = self.open.take()
         {
             let range = IovaRange::new(Iova(open.first), Iova(last)).ok_or(broken)?;
@@ -308,11 +307,14 @@ mod tests {
         for missing in 4..8 {
             let (mut arena, table) = filled(&[mapping(1, 1), mapping(4, 4)]);
             let leaf = range(missing, 1);
+            let format = arena.format();
             // The same leaves as single mappings tell where each leaf is.
             let words = arena.memory().words().iter();
             let place = words.enumerate().find(|(_, word)| {
                 let entry = Entry::from_bits(word.load(Ordering::Relaxed));
-                entry.is_leaf(1) && !entry.has(Entry::WRITE) && entry.gpa(1).0 == missing * PAGE
+                entry.is_leaf(format, 1)
+                    && !entry.access(format).write
+                    && entry.gpa(1).0 == missing * PAGE
             });
             let (place, _) = place.expect("a leaf");
             arena.store(place, Entry::FREE);
@@ -330,7 +332,7 @@ mod tests {
         let refused = read(&arena, table.root(), &[]).expect_err("two places");
         assert!(matches!(refused, TornTable::Misplaced(_)), "{refused}");
         // A table that leads to itself.
-        let itself = Entry::table(table.root(), 1);
+        let itself = Entry::table(arena.encoding(), table.root(), 1);
         arena.store(table.root().slot(1), itself);
         let refused = read(&arena, table.root(), &[]).expect_err("a loop");
         assert_eq!(refused, TornTable::Misplaced(table.root().0));

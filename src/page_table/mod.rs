@@ -15,6 +15,8 @@
 //! [`Arena::reclaim`], which the owner calls once no reader can still be inside it; [`epoch`] tells
 //! the owner when that is. [`EndpointSlots`] tell readers which root to start from.
 //!
+//! An arena's [`Encoding`] says which hardware can walk its tables, and where it finds them.
+//!
 //! `docs/page-table.md` specifies the bytes: they are an interface for readers in other processes.
 
 mod arena;
@@ -36,8 +38,8 @@ pub mod words;
 mod writer;
 
 pub use arena::Arena;
-pub use error::{ArenaError, MapRefusal, OutOfFrames, WouldSplit};
-pub use layout::{EndpointWord, Levels, TableOffset};
+pub use error::{ArenaError, MapRefusal, OutOfFrames, TableRefusal, WouldSplit};
+pub use layout::{Encoding, EndpointWord, Format, Levels, TableOffset};
 pub use left::{LeftArena, TornTable};
 #[cfg(not(miri))]
 pub use read_only::ReadOnlyArena;

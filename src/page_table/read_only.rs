@@ -1,10 +1,9 @@
 //! The arena of another process, mapped for reading.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
 
 use super::error::ArenaError;
-use super::layout::{ABI_VERSION, FRAME_BYTES, HEADER_FRAMES, HEADER_MAGIC, HEADER_VERSION, MAGIC};
+use super::layout::{Encoding, read_header};
 use super::reader::View;
 use super::words::{MappedWords, sealed_size};
 
@@ -12,6 +11,8 @@ use super::words::{MappedWords, sealed_size};
 #[derive(Debug)]
 pub struct ReadOnlyArena {
     memory: MappedWords,
+    /// Read once: the writer never changes it.
+    encoding: Encoding,
 }
 
 impl ReadOnlyArena {
@@ -19,27 +20,13 @@ impl ReadOnlyArena {
     ///
     /// # Errors
     ///
-    /// The descriptor is not a memfd sealed against shrinking, its header is not that of an arena of
-    /// this version, or it cannot be mapped.
+    /// The descriptor is not a memfd sealed against shrinking, its header is not that of an arena of a
+    /// known version and format, or it cannot be mapped.
     pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ArenaError> {
         let bytes = sealed_size(fd)?;
         let memory = MappedWords::map(fd, bytes, libc::PROT_READ)?;
-        let header = |index: usize| {
-            let word = memory.as_slice().get(index);
-            word.map_or(0, |word| word.load(Ordering::Acquire))
-        };
-        if header(HEADER_MAGIC) != MAGIC {
-            return Err(ArenaError::NotAnArena("the magic number is missing"));
-        }
-        if header(HEADER_VERSION) != ABI_VERSION {
-            return Err(ArenaError::NotAnArena("it has another version"));
-        }
-        if header(HEADER_FRAMES).checked_mul(FRAME_BYTES) != u64::try_from(bytes).ok() {
-            return Err(ArenaError::NotAnArena(
-                "its size differs from that in its header",
-            ));
-        }
-        Ok(Self { memory })
+        let encoding = read_header(memory.as_slice(), bytes)?;
+        Ok(Self { memory, encoding })
     }
 
     /// Keeps the mapping out of the children that this process forks.
@@ -52,6 +39,6 @@ impl ReadOnlyArena {
 
     /// A view of the arena.
     pub fn view(&self) -> View<'_> {
-        View::new(self.memory.as_slice())
+        View::new(self.memory.as_slice(), self.encoding)
     }
 }

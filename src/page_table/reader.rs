@@ -6,7 +6,9 @@
 use std::iter::FusedIterator;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::layout::{EndpointWord, Entry, Levels, TableOffset, entry_bytes, index};
+use super::layout::{
+    Encoding, EndpointWord, Entry, Format, Levels, TableOffset, entry_bytes, index,
+};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 
 /// The translation of one address.
@@ -27,19 +29,26 @@ pub struct Translation {
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     words: &'a [AtomicU64],
+    encoding: Encoding,
 }
 
 impl<'a> View<'a> {
-    /// A view of `words`, which begin with the first word of the header.
-    pub fn new(words: &'a [AtomicU64]) -> Self {
-        Self { words }
+    /// A view of `words`, which begin with the first word of the header. `encoding` is that of the header.
+    pub fn new(words: &'a [AtomicU64], encoding: Encoding) -> Self {
+        Self { words, encoding }
     }
 
-    /// The endpoint slot at the index `word`; [`EndpointWord::Blocked`] outside the arena.
+    /// The endpoint slot at the index `word`; [`EndpointWord::Blocked`] outside the arena, and if the arena's format has no
+    /// tables of that depth.
     pub fn endpoint(self, word: usize) -> EndpointWord {
         // Acquire pairs with the writer's release: a reader that sees the root sees its table filled.
         let bits = self.words.get(word).map(|w| w.load(Ordering::Acquire));
-        EndpointWord::from_bits(bits.unwrap_or(0))
+        match EndpointWord::from_bits(bits.unwrap_or(0)) {
+            EndpointWord::Domain { levels, .. } if !self.encoding.format.has_levels(levels) => {
+                EndpointWord::Blocked
+            }
+            word => word,
+        }
     }
 
     /// The entry at `index` of `table`, or `None` outside the arena.
@@ -76,12 +85,13 @@ pub(super) fn find_leaf_below(
     level: u32,
     iova: Iova,
 ) -> Option<Leaf> {
+    let encoding = view.encoding;
     for level in (1..=level).rev() {
         let entry = view.entry(table, index(iova.0, level))?;
-        if entry.is_table(level) {
-            table = entry.next_table();
-        } else if entry.is_leaf(level) {
-            return Some(Leaf::new(entry, level, iova));
+        if entry.is_table(encoding.format, level) {
+            table = entry.next_table(encoding);
+        } else if entry.is_leaf(encoding.format, level) {
+            return Some(Leaf::new(encoding.format, entry, level, iova));
         } else {
             return None;
         }
@@ -92,17 +102,19 @@ pub(super) fn find_leaf_below(
 /// A leaf and the addresses it covers: `first..=last`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Leaf {
-    pub(super) entry: Entry,
+    entry: Entry,
+    format: Format,
     level: u32,
     first: u64,
     last: u64,
 }
 
 impl Leaf {
-    fn new(entry: Entry, level: u32, inside: Iova) -> Self {
+    fn new(format: Format, entry: Entry, level: u32, inside: Iova) -> Self {
         let mask = entry_bytes(level) - 1;
         Self {
             entry,
+            format,
             level,
             first: inside.0 & !mask,
             last: inside.0 | mask,
@@ -117,6 +129,16 @@ impl Leaf {
         Iova(self.last)
     }
 
+    /// Whether it is the first of its mapping.
+    pub(super) fn is_first(self) -> bool {
+        self.entry.is_first(self.format)
+    }
+
+    /// Whether it is the last of its mapping.
+    pub(super) fn is_last(self) -> bool {
+        self.entry.is_last(self.format)
+    }
+
     pub(super) fn range(self) -> IovaRange {
         IovaRange::new(self.first(), self.last()).unwrap_or(IovaRange::ALL)
     }
@@ -129,8 +151,8 @@ impl Leaf {
         Translation {
             gpa: Gpa(self.gpa().0 | iova.0 & (entry_bytes(self.level) - 1)),
             contiguous_last: self.last(),
-            access: self.entry.access(),
-            mmio: self.entry.mmio(),
+            access: self.entry.access(self.format),
+            mmio: self.entry.mmio(self.format),
         }
     }
 }
@@ -165,10 +187,11 @@ impl Iterator for Leaves<'_> {
         while self.next <= self.levels.last_address().0 {
             let (level, at) = (self.level, self.next);
             let table = self.tables.get(level as usize)?;
+            let encoding = self.view.encoding;
             let entry = self.view.entry(*table, index(at, level))?;
-            if entry.is_table(level) {
+            if entry.is_table(encoding.format, level) {
                 self.level = level - 1;
-                *self.tables.get_mut(self.level as usize)? = entry.next_table();
+                *self.tables.get_mut(self.level as usize)? = entry.next_table(encoding);
                 continue;
             }
             self.next = (at | (entry_bytes(level) - 1)) + 1;
@@ -176,8 +199,8 @@ impl Iterator for Leaves<'_> {
             while self.level < self.levels.count() && index(self.next, self.level) == 0 {
                 self.level += 1;
             }
-            if entry.is_leaf(level) {
-                return Some(Leaf::new(entry, level, Iova(at)));
+            if entry.is_leaf(encoding.format, level) {
+                return Some(Leaf::new(encoding.format, entry, level, Iova(at)));
             }
         }
         None
@@ -201,7 +224,7 @@ impl<'a> Mappings<'a> {
         let mut first = range.first();
         while let Some(leaf) = find_leaf(view, root, levels, first) {
             first = leaf.first();
-            if leaf.entry.has(Entry::FIRST) || first.0 == 0 {
+            if leaf.is_first() || first.0 == 0 {
                 break;
             }
             first = Iova(first.0 - 1);
@@ -224,14 +247,14 @@ impl Iterator for Mappings<'_> {
             return None;
         }
         let mut last = first;
-        while !last.entry.has(Entry::LAST) {
+        while !last.is_last() {
             last = self.leaves.next()?;
         }
         Some(Mapping {
             range: IovaRange::new(first.first(), last.last())?,
             gpa: first.gpa(),
-            access: first.entry.access(),
-            mmio: first.entry.mmio(),
+            access: first.entry.access(first.format),
+            mmio: first.entry.mmio(first.format),
         })
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::layout::{Levels, TableOffset};
+use super::arena::Arena;
+use super::layout::{Encoding, Levels, TableOffset};
 use super::reader::{Mappings, Translation, View, walk};
 use super::words::SharedWords;
 use crate::address::{Iova, IovaRange};
@@ -14,15 +15,17 @@ use crate::address::{Iova, IovaRange};
 #[derive(Clone, Debug)]
 pub struct TableReader {
     memory: Arc<SharedWords>,
+    encoding: Encoding,
     root: TableOffset,
     levels: Levels,
 }
 
 impl TableReader {
-    /// A reader of the table of `levels` at `root`.
-    pub(super) fn new(memory: Arc<SharedWords>, root: TableOffset, levels: Levels) -> Self {
+    /// A reader of the table of `levels` at `root` in `arena`.
+    pub(super) fn new(arena: &Arena, root: TableOffset, levels: Levels) -> Self {
         Self {
-            memory,
+            memory: arena.memory().clone(),
+            encoding: arena.encoding(),
             root,
             levels,
         }
@@ -40,6 +43,6 @@ impl TableReader {
     }
 
     fn view(&self) -> View<'_> {
-        View::new(self.memory.words())
+        View::new(self.memory.words(), self.encoding)
     }
 }

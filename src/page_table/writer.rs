@@ -5,16 +5,16 @@
 
 use super::arena::Arena;
 use super::clear::{Clear, Counters};
-use super::error::{MapRefusal, OutOfFrames, WouldSplit};
+use super::error::{MapRefusal, OutOfFrames, TableRefusal, WouldSplit};
 use super::fill::{Fill, FrameCount, Occupied};
 use super::layout::{
-    Entry, FRAME_BYTES, FRAME_WORDS, GPA_LIMIT, Levels, TableOffset, entry_bytes, index,
-    is_whole_entry, largest_leaf,
+    Entry, FRAME_BYTES, FRAME_WORDS, Levels, TableOffset, entry_bytes, index, is_whole_entry,
+    largest_leaf,
 };
 use super::reader::{Leaf, Leaves, Mappings, Translation, find_leaf_below, walk};
 use super::recent::{RecentTables, TableRef};
 use super::table_reader::TableReader;
-use crate::address::{Gpa, Iova, IovaRange, Mapping};
+use crate::address::{Iova, IovaRange, Mapping};
 
 /// The mappings that an UNMAP removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,12 +95,15 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// The arena has no free frame for the root.
-    pub fn new(arena: &mut Arena, levels: Levels) -> Result<Self, OutOfFrames> {
+    /// The arena has no free frame for the root, or its format has no tables of this depth.
+    pub fn new(arena: &mut Arena, levels: Levels) -> Result<Self, TableRefusal> {
+        if !arena.format().has_levels(levels) {
+            return Err(TableRefusal::TooDeep(levels));
+        }
         let free = arena.frames_free();
         let root = (free > 0).then(|| arena.allocate()).flatten();
         let Some(root) = root else {
-            return Err(OutOfFrames { needed: 1, free });
+            return Err(OutOfFrames { needed: 1, free }.into());
         };
         arena.note_levels(levels);
         Ok(Self {
@@ -152,7 +155,7 @@ impl Table {
 
     /// A handle through which other threads read the table.
     pub fn reader(&self, arena: &Arena) -> TableReader {
-        TableReader::new(arena.memory().clone(), self.root, self.levels)
+        TableReader::new(arena, self.root, self.levels)
     }
 
     /// Translates `iova`; `None` if it is not mapped.
@@ -191,18 +194,23 @@ impl Table {
         if (first | mapping.gpa.0 | !last) & page != 0 {
             return Err(MapRefusal::Misaligned);
         }
+        let format = arena.format();
         let gpa_last = mapping.gpa.checked_add(mapping.range.span());
-        let gpa_fits = gpa_last.is_some_and(|last| last < Gpa(GPA_LIMIT));
-        if last > self.levels.last_address().0 || !gpa_fits {
+        let gpa_last = gpa_last.filter(|last| last.0 < format.gpa_limit());
+        let Some(gpa_last) = gpa_last.filter(|_| last <= self.levels.last_address().0) else {
             return Err(MapRefusal::OutOfRange);
+        };
+        if arena.lies_in(mapping.gpa.0, gpa_last.0) {
+            return Err(MapRefusal::TargetsTables);
         }
         let found = self.look_up(arena, first, last);
         let table = found.table;
         let fits = |level| level == 1 || level <= largest_leaf(first ^ mapping.gpa.0);
         // Nearly every mapping of a guest's driver is a single leaf in a table that exists.
         let leaf = (found.entry.is_free() && found.is_whole && fits(table.level)).then(|| {
-            let leaf = Entry::leaf(table.level, mapping.gpa.0, mapping.access, mapping.mmio);
-            (found.slot, leaf.with(Entry::FIRST | Entry::LAST))
+            let (gpa, level) = (mapping.gpa.0, table.level);
+            let leaf = Entry::leaf(format, level, gpa, mapping.access, mapping.mmio);
+            (found.slot, leaf.with(format.first() | format.last()))
         });
         let mut needed = 0;
         if leaf.is_none() {
@@ -242,6 +250,7 @@ impl Table {
             self.generation(),
             "the plan is out of date"
         );
+        let format = arena.format();
         let (mapping, table) = (plan.mapping, &plan.table);
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
         let added = if let Some((slot, leaf)) = plan.leaf {
@@ -257,12 +266,12 @@ impl Table {
                 leaf: |level, iova| {
                     // Cannot wrap: the plan checked the last guest-physical address.
                     let gpa = mapping.gpa.0.wrapping_add(iova - first);
-                    let mut leaf = Entry::leaf(level, gpa, mapping.access, mapping.mmio);
+                    let mut leaf = Entry::leaf(format, level, gpa, mapping.access, mapping.mmio);
                     if iova == first {
-                        leaf = leaf.with(Entry::FIRST);
+                        leaf = leaf.with(format.first());
                     }
                     if iova | (entry_bytes(level) - 1) == last {
-                        leaf = leaf.with(Entry::LAST);
+                        leaf = leaf.with(format.last());
                     }
                     leaf
                 },
@@ -272,7 +281,8 @@ impl Table {
         };
         if let Some(parent) = table.parent {
             let entry = arena.load(parent);
-            arena.store(parent, entry.with_used(entry.used() + added));
+            let used = entry.used(format) + added;
+            arena.store(parent, entry.with_used(format, used));
         }
         self.recent.insert(first, table);
         self.commits = self.commits.wrapping_add(1);
@@ -306,18 +316,19 @@ impl Table {
         let found = self.look_up(arena, first, last);
         let table = found.table;
         // Nearly every mapping of a guest's driver is a single leaf.
-        let is_mapping = found.entry.has(Entry::FIRST | Entry::LAST);
-        if found.is_whole && found.entry.is_leaf(table.level) && is_mapping {
+        let format = arena.format();
+        let is_mapping = found.entry.has(format.first() | format.last());
+        if found.is_whole && found.entry.is_leaf(format, table.level) && is_mapping {
             return Ok(plan(Some(range), table, Some(found.slot)));
         }
         let leaf_at = |iova| find_leaf_below(arena.view(), table.offset, table.level, iova);
         if let Some(leaf) = leaf_at(range.first())
-            && !(leaf.first() == range.first() && leaf.entry.has(Entry::FIRST))
+            && !(leaf.first() == range.first() && leaf.is_first())
         {
             return Err(WouldSplit(leaf.range()));
         }
         if let Some(leaf) = leaf_at(range.last())
-            && !(leaf.last() == range.last() && leaf.entry.has(Entry::LAST))
+            && !(leaf.last() == range.last() && leaf.is_last())
         {
             return Err(WouldSplit(leaf.range()));
         }
@@ -360,9 +371,10 @@ impl Table {
             (removed, clear.totals)
         };
         if let Some(parent) = table.parent {
-            let entry = arena.load(parent);
-            if removed < entry.used() {
-                let less = entry.with_used(entry.used() - removed);
+            let (entry, format) = (arena.load(parent), arena.format());
+            let used = entry.used(format);
+            if removed < used {
+                let less = entry.with_used(format, used - removed);
                 arena.store(parent, less);
                 self.recent.insert(first, table);
             } else {
@@ -387,7 +399,7 @@ impl Table {
         let depth = above.clone().count();
         for (slot, level) in path.iter_mut().zip(above) {
             *slot = table.slot(index(iova, level));
-            table = arena.load(*slot).next_table();
+            table = arena.load(*slot).next_table(arena.encoding());
         }
         let mut clear = Clear::new(arena);
         for slot in path.iter().take(depth).rev() {
@@ -421,12 +433,13 @@ impl Table {
                 is_whole: apart < FRAME_BYTES && is_whole_entry(1, first, last),
             };
         }
+        let encoding = arena.encoding();
         let mut table = self.root_ref();
         loop {
             let slot = table.offset.slot(index(first, table.level));
             let entry = arena.load(slot);
             let in_one = apart < entry_bytes(table.level);
-            if !in_one || !entry.is_table(table.level) {
+            if !in_one || !entry.is_table(encoding.format, table.level) {
                 return Lookup {
                     table,
                     slot,
@@ -435,7 +448,7 @@ impl Table {
                 };
             }
             table = TableRef {
-                offset: entry.next_table(),
+                offset: entry.next_table(encoding),
                 level: table.level - 1,
                 parent: Some(slot),
             };

@@ -16,6 +16,7 @@ use vhost_device_iommu::backends::shadow::Shadow;
 use vhost_device_iommu::faults::Fault;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::shadow::{
@@ -128,6 +129,7 @@ impl Bed {
             last_domain: 15,
             bypass_at_boot: false,
             arena_limit: 8 << 20,
+            encoding: Encoding::default(),
         };
         let msi = ReservedRegion {
             range: range(MSI, MSI + 0xf_ffff),

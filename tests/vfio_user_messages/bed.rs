@@ -19,6 +19,7 @@ use vhost_device_iommu::backends::vfio_user::{
 use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
+use vhost_device_iommu::page_table::Encoding;
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::topology::{EndpointSpec, PciAddress, PciRange, ReservedRegions, Topology};
@@ -306,6 +307,7 @@ pub fn core_without_device() -> Iommu {
         last_domain: 255,
         bypass_at_boot: false,
         arena_limit: 64 << 20,
+        encoding: Encoding::default(),
     };
     Iommu::new(settings, topology).expect("a core")
 }

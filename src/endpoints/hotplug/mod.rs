@@ -258,6 +258,7 @@ mod tests {
     use crate::device::WorkerSettings;
     use crate::iommu::Settings;
     use crate::metrics::Metrics;
+    use crate::page_table::Encoding;
 
     const CONFIG: &str = "socket = '/run/s'\naddress = '00:05.0'\nhotplug = ['01:00.0']\n[[endpoint]]\n\
                           address = '00:06.0'\nvfio = '65:00.0'\n[[endpoint]]\naddress = '00:07.0'\n";
@@ -270,6 +271,7 @@ mod tests {
             last_domain: 15,
             bypass_at_boot: true,
             arena_limit: 1 << 20,
+            encoding: Encoding::default(),
         };
         let iommu = Iommu::new(settings, config.topology.clone()).expect("memory");
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));

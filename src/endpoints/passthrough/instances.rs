@@ -79,6 +79,7 @@ fn two_smmus() -> (Iommu, ReservedRegions) {
         last_domain: 15,
         bypass_at_boot: true,
         arena_limit: 4 << 20,
+        encoding: Default::default(),
     };
     let topology = Topology::new(
         "00:01.0".parse().expect("an address"),

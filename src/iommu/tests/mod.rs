@@ -18,6 +18,7 @@ use crate::address::{Access, Gpa, Iova, Mapping};
 use crate::backends::recorder::Recorder;
 use crate::backends::{BackendCapabilities, Target};
 use crate::faults::FaultReason;
+use crate::page_table::{Encoding, Format};
 use crate::topology::{
     EndpointSpec, GroupName, PciAddress, PciRange, ReservedKind, ReservedRegion, ReservedRegions,
 };
@@ -102,6 +103,7 @@ fn settings() -> Settings {
         last_domain: LAST_DOMAIN,
         bypass_at_boot: true,
         arena_limit: 4 << 20,
+        encoding: Encoding::default(),
     }
 }
 

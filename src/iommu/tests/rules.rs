@@ -2,6 +2,41 @@
 
 use super::*;
 
+/// MAP refuses a target at which the hardware that walks the tables finds them.
+#[test]
+fn no_mapping_leads_to_the_page_tables() {
+    let base = 1 << 40;
+    let settings = Settings {
+        encoding: Encoding {
+            format: Format::Vmsav8Stage1,
+            base,
+        },
+        ..settings()
+    };
+    let mut iommu = Iommu::new(settings, topology()).expect("an arena");
+    let recorder = Recorder::new();
+    let added = iommu.add_backend(Box::new(recorder.clone()), &[A]);
+    added.expect("the same addresses");
+    iommu.attach(A, D1, false).expect("attached");
+    for target in [base, base + settings.arena_limit - KIB4, base - KIB4] {
+        let bad = mapping(0, 2 * KIB4 - 1, target);
+        let refused = iommu.map(D1, &bad);
+        assert!(
+            matches!(refused, Err(RequestError::TargetsTables(_))),
+            "{bad}: {refused:?}"
+        );
+    }
+    let beyond = iommu.map(D1, &mapping(0, KIB4 - 1, 1 << 48));
+    assert!(matches!(beyond, Err(RequestError::PhysOutOfRange(_))));
+    assert_eq!(all_mappings(&iommu, D1), []);
+    assert!(
+        recorder.state().domains[&D1].is_empty(),
+        "no backend has seen it"
+    );
+    let before = mapping(0, KIB4 - 1, base - KIB4);
+    iommu.map(D1, &before).expect("the page before the tables");
+}
+
 #[test]
 fn attach_3_an_endpoint_that_does_not_exist_is_noent() {
     with_each_backend_count(|mut iommu, _| {

@@ -1,8 +1,18 @@
 //! The layout of the arena: header words, table entries, levels and endpoint slots.
 
 mod entry;
+mod format;
+mod header;
+pub mod vmsav8;
+pub mod x86;
 
 pub use self::entry::Entry;
+pub use self::format::{Encoding, Format, WrongBase};
+pub use self::header::{
+    ABI_VERSION, ENCODED_VERSION, HEADER_BASE, HEADER_FORMAT, HEADER_FRAMES, HEADER_LEVELS,
+    HEADER_MAGIC, HEADER_VERSION, MAGIC,
+};
+pub(super) use self::header::{first_words, read as read_header};
 
 use crate::address::{Iova, IovaRange};
 
@@ -10,24 +20,6 @@ use crate::address::{Iova, IovaRange};
 pub const FRAME_BYTES: u64 = 4096;
 /// Words of 8 bytes in a frame: the entries of one table.
 pub const FRAME_WORDS: usize = 512;
-
-/// First word of the arena.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"iova\0tbl");
-/// The version of this layout. A reader refuses any other version.
-pub const ABI_VERSION: u64 = 1;
-
-/// Index of the header word that holds [`MAGIC`].
-pub const HEADER_MAGIC: usize = 0;
-/// Index of the header word that holds [`ABI_VERSION`].
-pub const HEADER_VERSION: usize = 1;
-/// Index of the header word that holds the levels of the deepest table made so far; 0 before the
-/// first table.
-pub const HEADER_LEVELS: usize = 2;
-/// Index of the header word that holds the number of frames, including the header.
-pub const HEADER_FRAMES: usize = 3;
-
-/// Guest-physical addresses lie below this limit: an entry holds 52 bits of address.
-pub const GPA_LIMIT: u64 = 1 << 52;
 
 /// The largest level whose entries may be leaves: 1 GiB.
 pub const TOP_LEAF_LEVEL: u32 = 3;
@@ -85,11 +77,18 @@ impl Levels {
 pub struct TableOffset(pub u64);
 
 impl TableOffset {
+    /// The offset of a table at `address` in an arena at `base`. Outside every arena if `address` is below `base`: the
+    /// difference then wraps to 2^64 less at most 2^52, and no arena has 2^45 bytes.
+    #[inline(always)]
+    pub(in crate::page_table) fn from_address(address: u64, base: u64) -> Self {
+        Self(address.wrapping_sub(base))
+    }
+
     /// Index of the arena word that holds entry `index` of this table.
     ///
     /// The result may lie outside the arena if the offset was read from untrusted memory.
     pub(in crate::page_table) fn slot(self, index: u64) -> usize {
-        let word = (self.0 & Entry::ADDRESS) >> 3 | index & INDEX_MASK;
+        let word = (self.0 & !(FRAME_BYTES - 1)) >> 3 | index & INDEX_MASK;
         usize::try_from(word).unwrap_or(usize::MAX)
     }
 }

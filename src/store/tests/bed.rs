@@ -18,8 +18,8 @@ use crate::device::testing::{DriverRing, RING_SIZE};
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState, Iommu, Predecessor, RestoreError, Restored, Settings};
 use crate::metrics::Metrics;
-use crate::page_table::crash;
 use crate::page_table::words::SharedWords;
+use crate::page_table::{Encoding, crash};
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::reply::TAIL_LEN;
 use crate::store::newest;
@@ -201,6 +201,7 @@ pub(super) fn settings() -> Settings {
         last_domain: 15,
         bypass_at_boot: true,
         arena_limit: 1 << 20,
+        encoding: Encoding::default(),
     }
 }
 

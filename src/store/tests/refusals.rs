@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::bed::{A, Bed, D1, Req, Step, settings, topology};
 use crate::iommu::{Iommu, Predecessor, RestoreError, Settings};
-use crate::page_table::layout::{Entry, HEADER_MAGIC};
+use crate::page_table::Format;
+use crate::page_table::layout::{Entry, HEADER_MAGIC, x86};
 use crate::page_table::words::SharedWords;
 use crate::store::StoreError;
 use crate::store::layout::{DOMAIN_RECORD, ENDPOINT_RECORD, RECORD_WORDS};
@@ -70,8 +71,8 @@ fn an_arena_without_its_header_is_refused() {
 fn a_mapping_without_one_of_its_pages_is_refused() {
     let refused = refusal(settings(), |arena, _| {
         let first = position(arena, |word| {
-            let entry = Entry::from_bits(word);
-            entry.has(Entry::FIRST | Entry::DIRTY) && !entry.has(Entry::LAST)
+            let (entry, format) = (Entry::from_bits(word), Format::X86FirstStage);
+            entry.has(x86::DIRTY) && entry.is_first(format) && !entry.is_last(format)
         });
         SharedWords::set(&arena[first + 1], 0);
     });

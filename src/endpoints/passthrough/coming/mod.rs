@@ -164,6 +164,7 @@ fn settings(bypass_at_boot: bool) -> Settings {
         last_domain: 15,
         bypass_at_boot,
         arena_limit: 4 << 20,
+        encoding: Default::default(),
     }
 }
 

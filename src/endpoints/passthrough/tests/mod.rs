@@ -22,6 +22,7 @@ use crate::device::Device;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, Iommu, NewEndpoints, RequestError, Settings};
 use crate::locks::{Mutex, Rank};
+use crate::page_table::Encoding;
 use crate::topology::{EndpointSpec, GroupName, PciAddress, ReservedRegions, Topology};
 use crate::vfio::fake::{Area, FakeKernel, FakeMemory, memfd};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Type1};
@@ -88,6 +89,7 @@ fn settings(bypass_at_boot: bool) -> Settings {
         last_domain: 15,
         bypass_at_boot,
         arena_limit: 4 << 20,
+        encoding: Encoding::default(),
     }
 }
 
