@@ -11,11 +11,16 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
-use vhost_device_iommu::page_table::{Arena, Levels, Mapping, Table};
+use vhost_device_iommu::page_table::{Arena, Encoding, Format, Levels, Mapping, Table};
 
 const PAGE: u64 = 4096;
 const BASE: u64 = 0xff_0000_0000;
 const LIVE: [u64; 4] = [256, 4 << 10, 64 << 10, 1 << 20];
+/// Tables that an SMMUv3 walks.
+const ARM: Encoding = Encoding {
+    format: Format::Vmsav8Stage1,
+    base: 1 << 40,
+};
 
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
@@ -60,8 +65,8 @@ fn unmap(table: &mut Table, arena: &mut Arena, range: IovaRange) -> u64 {
 
 /// A table with `live` single pages at random places of a window twice that size. Returns the pages
 /// in random order: first those that are mapped, then those that are free.
-fn half_full(live: u64) -> (Arena, Table, Vec<u64>) {
-    let mut arena = Arena::new(64 << 20).expect("an arena");
+fn half_full(live: u64, encoding: Encoding) -> (Arena, Table, Vec<u64>) {
+    let mut arena = Arena::with_encoding(64 << 20, encoding).expect("an arena");
     let mut table = Table::new(&mut arena, Levels::Four).expect("a root");
     let order = shuffled(2 * live, &mut 0x1234_5678_9abc_def1);
     for page in order.iter().take(usize::try_from(live).expect("a count")) {
@@ -103,16 +108,18 @@ fn batches(
 
 fn single_pages(c: &mut Criterion) {
     let mut group = c.benchmark_group("page_table");
-    for live in LIVE {
-        let (mut arena, mut table, order) = half_full(live);
+    let software = LIVE.map(|live| (live, live.to_string(), Encoding::default()));
+    let arm = (64 << 10, "vmsav8/65536".to_owned(), ARM);
+    for (live, id, encoding) in software.into_iter().chain([arm]) {
+        let (mut arena, mut table, order) = half_full(live, encoding);
         let spare = order.split_at(usize::try_from(live).expect("a count")).1;
         for (name, time_maps) in [("map", true), ("unmap", false)] {
-            group.bench_function(BenchmarkId::new(name, live), |b| {
+            group.bench_function(BenchmarkId::new(name, &id), |b| {
                 b.iter_custom(|n| batches(&mut table, &mut arena, spare, n, time_maps));
             });
         }
         let mut pages = spare.iter().cycle();
-        group.bench_function(BenchmarkId::new("map+unmap", live), |b| {
+        group.bench_function(BenchmarkId::new("map+unmap", &id), |b| {
             b.iter(|| {
                 let page = *pages.next().expect("endless");
                 map(&mut table, &mut arena, &mapping(page, 1));
@@ -172,18 +179,20 @@ fn bulk(c: &mut Criterion) {
 
 fn translate(c: &mut Criterion) {
     let live = 64 << 10;
-    let (arena, table, order) = half_full(live);
-    let mut pages = order
-        .iter()
-        .take(usize::try_from(live).expect("a count"))
-        .cycle();
-    c.bench_function("page_table/translate/65536", |b| {
-        b.iter(|| {
-            let page = *pages.next().expect("endless");
-            let found = table.translate(&arena, Iova(BASE + page * PAGE + 0x123));
-            black_box(found.expect("mapped"))
+    for (id, encoding) in [("65536", Encoding::default()), ("vmsav8/65536", ARM)] {
+        let (arena, table, order) = half_full(live, encoding);
+        let mut pages = order
+            .iter()
+            .take(usize::try_from(live).expect("a count"))
+            .cycle();
+        c.bench_function(&format!("page_table/translate/{id}"), |b| {
+            b.iter(|| {
+                let page = *pages.next().expect("endless");
+                let found = table.translate(&arena, Iova(BASE + page * PAGE + 0x123));
+                black_box(found.expect("mapped"))
+            });
         });
-    });
+    }
 }
 
 fn memory(_: &mut Criterion) {

@@ -8,6 +8,8 @@
 )]
 
 mod audit;
+mod hardware;
+mod header;
 mod memory;
 mod model;
 mod pair;
@@ -19,8 +21,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
 use vhost_device_iommu::page_table::layout::{Entry, FRAME_BYTES};
 use vhost_device_iommu::page_table::{
-    Arena, Levels, MapRefusal, Mapping, OutOfFrames, ReadOnlyArena, Table, Unmapped, WouldSplit,
-    reader,
+    Arena, Encoding, Format, Levels, MapRefusal, Mapping, OutOfFrames, ReadOnlyArena, Table,
+    Unmapped, WouldSplit, reader,
 };
 
 use crate::random::Random;
@@ -42,8 +44,24 @@ fn mapping(first: u64, bytes: u64, gpa: u64, access: Access) -> Mapping {
     }
 }
 
+/// Every encoding of tables with these levels; arenas that have a base lie at `base`, or below the end of their addresses.
+fn encodings(levels: Levels, base: u64) -> Vec<Encoding> {
+    let [x86, arm] = [Format::X86FirstStage, Format::Vmsav8Stage1].map(|format| {
+        let base = (base & !(PAGE - 1)) % format.gpa_limit().min(1 << 50);
+        [0, base].map(|base| Encoding { format, base })
+    });
+    let all = x86.into_iter().chain(arm);
+    all.filter(|encoding| encoding.format.has_levels(levels))
+        .collect()
+}
+
 fn new_table(frames: u64, levels: Levels) -> (Arena, Table) {
-    let mut arena = Arena::new(frames * FRAME_BYTES).expect("an arena");
+    encoded_table(frames, levels, Encoding::default())
+}
+
+fn encoded_table(frames: u64, levels: Levels, encoding: Encoding) -> (Arena, Table) {
+    let arena = Arena::with_encoding(frames * FRAME_BYTES, encoding);
+    let mut arena = arena.expect("an arena");
     let table = Table::new(&mut arena, levels).expect("a root");
     (arena, table)
 }

@@ -8,12 +8,13 @@ use std::sync::atomic::AtomicU64;
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
 use vhost_device_iommu::page_table::layout::{FRAME_BYTES, FRAME_WORDS};
 use vhost_device_iommu::page_table::{
-    Arena, ArenaError, Encoding, Levels, ReadOnlyArena, Table, TableOffset, Unmapped, View, reader,
+    Arena, ArenaError, Encoding, Format, Levels, ReadOnlyArena, Table, TableOffset, Unmapped, View,
+    reader,
 };
 
 use crate::audit::raw_words;
 use crate::random::Random;
-use crate::{GIB, MIB2, PAGE, map, mapping, new_table, range, unmap};
+use crate::{GIB, MIB2, PAGE, encodings, map, mapping, new_table, range, unmap};
 
 #[test]
 fn the_memfd_is_sealed_and_costs_nothing_while_idle() {
@@ -163,18 +164,23 @@ fn a_reader_refuses_files_that_are_no_arena() {
 #[test]
 fn a_reader_survives_any_contents() {
     let mut random = Random(0xfeed);
-    for _ in 0..300 {
+    let all = [Levels::Four, Levels::Five].map(|levels| encodings(levels, u64::MAX - 16 * GIB));
+    for encoding in all.into_iter().flatten().cycle().take(300) {
+        let Encoding { format, base } = encoding;
         let words: Vec<AtomicU64> = (0..8 * FRAME_WORDS)
             .map(|_| {
-                let near = random.below(10) * FRAME_BYTES;
-                AtomicU64::new(match random.below(4) {
-                    0 => random.next() << 8 | random.below(256),
-                    // Mostly table entries, so that walks form loops and leave the arena.
-                    _ => near | 0x27 | random.below(513) << 52,
+                let used = random.below(513);
+                // Mostly table entries, so that walks form loops and leave the arena at both ends.
+                let near = (base + random.below(10) * FRAME_BYTES).saturating_sub(PAGE);
+                AtomicU64::new(match (random.below(4), format) {
+                    (0, _) => random.next() << 8 | random.below(256),
+                    (1, _) => (random.next() % (1 << 52)) & !0xfff | 0x27,
+                    (_, Format::X86FirstStage) => near | 0x27 | used << 52,
+                    (_, Format::Vmsav8Stage1) => near | 0x03 | used << 2,
                 })
             })
             .collect();
-        let view = View::new(&words, Encoding::default());
+        let view = View::new(&words, encoding);
         for levels in [Levels::Four, Levels::Five] {
             for _ in 0..500 {
                 let root = TableOffset(random.below(12) * FRAME_BYTES + random.below(2) * 8);

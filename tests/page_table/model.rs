@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use vhost_device_iommu::address::{Gpa, Iova, IovaRange};
 use vhost_device_iommu::page_table::{
-    Levels, MapRefusal, Mapping, OutOfFrames, Translation, Unmapped, WouldSplit,
+    Encoding, Format, Levels, MapRefusal, Mapping, OutOfFrames, Translation, Unmapped, WouldSplit,
 };
 
 use crate::{GIB, MIB2, PAGE};
@@ -33,6 +33,7 @@ pub fn leaves(mapping: &Mapping) -> impl Iterator<Item = (u32, u64)> {
 /// The expected state of the table: mappings by first address, and the number of mappings that use
 /// each table.
 pub struct Model {
+    pub encoding: Encoding,
     pub levels: Levels,
     pub mappings: BTreeMap<u64, Mapping>,
     pub bytes: u64,
@@ -43,8 +44,9 @@ pub struct Model {
 }
 
 impl Model {
-    pub fn new(levels: Levels, frames_total: u64) -> Self {
+    pub fn new(encoding: Encoding, levels: Levels, frames_total: u64) -> Self {
         Self {
+            encoding,
             levels,
             mappings: BTreeMap::new(),
             bytes: 0,
@@ -93,8 +95,18 @@ impl Model {
             return Err(MapRefusal::Misaligned);
         }
         let gpa_last = u128::from(wanted.gpa.0) + u128::from(last - first);
-        if last > self.levels.last_address().0 || gpa_last >> 52 != 0 {
+        let gpa_bits = match self.encoding.format {
+            Format::X86FirstStage => 52,
+            Format::Vmsav8Stage1 => 48,
+        };
+        if last > self.levels.last_address().0 || gpa_last >> gpa_bits != 0 {
             return Err(MapRefusal::OutOfRange);
+        }
+        let base = self.encoding.base;
+        let in_arena =
+            u128::from(base) <= gpa_last && wanted.gpa.0 < base + self.frames_total * PAGE;
+        if base != 0 && in_arena {
+            return Err(MapRefusal::TargetsTables);
         }
         if let Some(found) = self.overlapping(wanted.range).next() {
             return Err(MapRefusal::Overlap(found.range));

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 
 use vhost_device_iommu::address::{Iova, IovaRange};
 use vhost_device_iommu::page_table::layout::FRAME_WORDS;
-use vhost_device_iommu::page_table::{Arena, Levels, MapRefusal, Mapping, Table, WouldSplit};
+use vhost_device_iommu::page_table::{
+    Arena, Encoding, Levels, MapRefusal, Mapping, Table, WouldSplit,
+};
 
 use crate::audit::{audit, raw_words};
 use crate::model::Model;
-use crate::{PAGE, new_table, range, unmap};
+use crate::{PAGE, encoded_table, range, unmap};
 
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -34,9 +36,9 @@ pub struct Pair {
 }
 
 impl Pair {
-    pub fn new(frames: u64, levels: Levels) -> Self {
-        let (arena, table) = new_table(frames, levels);
-        let model = Model::new(levels, arena.frames_total());
+    pub fn new(frames: u64, levels: Levels, encoding: Encoding) -> Self {
+        let (arena, table) = encoded_table(frames, levels, encoding);
+        let model = Model::new(encoding, levels, arena.frames_total());
         Self {
             arena,
             table,
@@ -96,6 +98,7 @@ impl Pair {
                 match refusal {
                     MapRefusal::OutOfFrames(_) => "refused frames",
                     MapRefusal::OutOfRange => "refused range",
+                    MapRefusal::TargetsTables => "refused tables",
                     _ => "refused alignment",
                 }
             }

@@ -2,11 +2,11 @@
 
 use proptest::prelude::*;
 use vhost_device_iommu::address::{Access, Gpa, IovaRange};
-use vhost_device_iommu::page_table::{Levels, Mapping};
+use vhost_device_iommu::page_table::{Encoding, Levels, Mapping};
 
 use crate::audit::audit;
 use crate::pair::{Op, Pair};
-use crate::{GIB, MIB2, PAGE, range};
+use crate::{GIB, MIB2, PAGE, encodings, range};
 
 fn any_mapping(levels: Levels) -> impl Strategy<Value = Mapping> {
     let end = levels.last_address().0;
@@ -72,12 +72,13 @@ fn any_op(levels: Levels) -> impl Strategy<Value = Op> {
     ]
 }
 
-fn any_run() -> impl Strategy<Value = (Levels, u64, Vec<Op>)> {
+fn any_run() -> impl Strategy<Value = (Levels, u64, Encoding, Vec<Op>)> {
     let levels = prop_oneof![Just(Levels::Four), Just(Levels::Five)];
     let frames = prop_oneof![2..16u64, Just(200)];
     (levels, frames).prop_flat_map(|(levels, frames)| {
+        let encoding = prop::sample::select(encodings(levels, GIB + MIB2));
         let ops = prop::collection::vec(any_op(levels), 1..40);
-        (Just(levels), Just(frames), ops)
+        (Just(levels), Just(frames), encoding, ops)
     })
 }
 
@@ -85,14 +86,21 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_table_agrees_with_the_model((levels, frames, ops) in any_run()) {
-        compare_with_the_model(levels, frames, &ops);
+    fn the_table_agrees_with_the_model((levels, frames, encoding, ops) in any_run()) {
+        compare_in(encoding, levels, frames, &ops);
+    }
+}
+
+/// [`compare_in`] every encoding.
+fn compare_with_the_model(levels: Levels, frames: u64, ops: &[Op]) {
+    for encoding in encodings(levels, 512 * GIB) {
+        compare_in(encoding, levels, frames, ops);
     }
 }
 
 /// Applies `ops` to a table and to the model, and compares the two after each.
-fn compare_with_the_model(levels: Levels, frames: u64, ops: &[Op]) {
-    let mut pair = Pair::new(frames, levels);
+fn compare_in(encoding: Encoding, levels: Levels, frames: u64, ops: &[Op]) {
+    let mut pair = Pair::new(frames, levels, encoding);
     for op in ops {
         let before = pair.contents();
         if pair.apply(op) {

@@ -8,6 +8,7 @@
 mod bed;
 mod changed;
 mod exhaustive;
+mod formats;
 mod host;
 mod hostile;
 mod kernel;
