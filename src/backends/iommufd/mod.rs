@@ -15,6 +15,8 @@
 
 mod adopt;
 mod group;
+#[cfg(not(miri))]
+pub mod nested;
 mod noted;
 mod spaces;
 mod vmm_files;
