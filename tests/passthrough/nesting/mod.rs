@@ -1,6 +1,7 @@
 //! iommufd's nesting objects: an SMMUv3 walks a page table of the test as its first stage. The machine is that of
 //! `qemu-scripts/l1.sh --arch arm64 --iommu smmuv3-nested`.
 
+mod backend;
 mod bed;
 
 use std::os::fd::AsFd;

@@ -16,6 +16,8 @@
 mod contexts;
 mod instance;
 mod parent;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
